@@ -1,0 +1,231 @@
+// The vector of the instruction set in force: 16 floats with AVX-512, else 8 (the baseline too: same reduction tree).
+// Written with the compilers' vector types, so that a kernel is one text for every rung; only the half-precision
+// conversions, the tails and the streaming stores name instructions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../op.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace dk {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+
+typedef float F __attribute__((vector_size(4 * kLanes)));
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
+
+struct f16 {
+    uint16_t bits;
+};
+struct bf16 {
+    uint16_t bits;
+};
+
+template <DType D>
+struct TypeOf;
+template <>
+struct TypeOf<DType::f32> {
+    using type = float;
+};
+template <>
+struct TypeOf<DType::f16> {
+    using type = f16;
+};
+template <>
+struct TypeOf<DType::bf16> {
+    using type = bf16;
+};
+
+DK_INLINE F splat(float x) { return x - F{}; }        // x + 0 would lose the sign of -0, and so cost an addition
+DK_INLINE F fma(F a, F b, F c) { return a * b + c; }  // one instruction where there is one: -ffp-contract=fast
+
+template <class To, class From>
+DK_INLINE To bit_cast(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To out;
+    std::memcpy(&out, &v, sizeof out);
+    return out;
+}
+
+DK_INLINE F choose(I mask, F yes, F no) { return mask ? yes : no; }
+
+// Half precision, by vector, to nearest even. For bf16 a NaN must be `quiet`, which is cheaper once than at every store:
+// rounding carries a NaN whose lower half is zero to a NaN, and arithmetic on such NaNs makes only such NaNs.
+DK_INLINE F widen(H h, bf16) { return bit_cast<F>(__builtin_convertvector(h, U) << 16); }
+DK_INLINE F quiet(F v) { return choose(v == v, v, splat(__builtin_nanf(""))); }
+DK_INLINE U rounded(F v) {  // the bf16 is the upper half
+    const U u = bit_cast<U>(v);
+    return u + 0x7fffu + ((u >> 16) & 1u);
+}
+DK_INLINE H narrow(F v, bf16) { return __builtin_convertvector(rounded(v) >> 16, H); }
+
+#if defined(__AVX512F__)
+DK_INLINE F widen(H h, f16) { return _mm512_cvtph_ps(bit_cast<__m256i>(h)); }
+DK_INLINE H narrow(F v, f16) { return bit_cast<H>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+#elif defined(__F16C__)
+DK_INLINE F widen(H h, f16) { return _mm256_cvtph_ps(bit_cast<__m128i>(h)); }
+DK_INLINE H narrow(F v, f16) { return bit_cast<H>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+#else
+// IEEE half by integer arithmetic: the exponent is moved by a multiplication, which also normalises subnormals.
+DK_INLINE F widen(H h, f16) {
+    const U w = __builtin_convertvector(h, U), magnitude = (w & 0x7fffu) << 13;
+    const F scaled = bit_cast<F>(magnitude) * 0x1p112f;
+    const U special = (w & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : bit_cast<U>(scaled);
+    return bit_cast<F>(special | ((w & 0x8000u) << 16));
+}
+DK_INLINE H narrow(F v, f16) {
+    const U u = bit_cast<U>(v), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+    const U normal = (a + 0xfffu + ((a >> 13) & 1u) - (112u << 23)) >> 13;  // overflows into infinity by itself
+    const U subnormal = bit_cast<U>(bit_cast<F>(a) + 0.5f) - 0x3f000000u;   // the adder rounds to nearest even
+    U out = a < (113u << 23) ? subnormal : normal;
+    out = a >= 0x47800000u ? U{} + 0x7c00u : out;
+    out = a > 0x7f800000u ? U{} + 0x7e00u : out;
+    return __builtin_convertvector(out | sign, H);
+}
+#endif
+
+// Loads of kLanes elements, and of the first n (the rest zero), from any alignment.
+DK_INLINE F load(const float* p) {
+    F v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class T>
+DK_INLINE F load(const T* p) {
+    H h;
+    std::memcpy(&h, p, sizeof h);
+    return widen(h, T{});
+}
+template <class T>
+DK_INLINE F load(const T* p, int n) {
+    T lanes[kLanes] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+}
+// The same from elements that lie `stride` apart.
+template <class T>
+DK_INLINE F gather(const T* p, int64_t stride, int n) {
+    T lanes[kLanes] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = p[i * stride];
+    return load(lanes);
+}
+
+// Two vectors in an order of T's own: as they lie, but bf16 as even and odd elements, which needs no shuffle at all.
+struct Pair {
+    F lo, hi;
+};
+constexpr int kPair = 2 * kLanes;
+template <class T>
+constexpr bool kEvenOdd = false;
+template <>
+constexpr bool kEvenOdd<bf16> = true;
+
+template <class T>
+DK_INLINE Pair load_pair(const T* p) {
+    return {load(p), load(p + kLanes)};
+}
+DK_INLINE Pair load_pair(const bf16* p) {
+    U w;
+    std::memcpy(&w, p, sizeof w);
+    return {bit_cast<F>(w << 16), bit_cast<F>(w & 0xffff0000u)};
+}
+
+// Two vectors as they lie, in T's order; for bf16 also quiet.
+template <class T>
+DK_INLINE Pair in_order(F lo, F hi, T) {
+    return {lo, hi};
+}
+DK_INLINE Pair in_order(F lo, F hi, bf16) {
+    lo = quiet(lo), hi = quiet(hi);
+#if defined(__AVX512F__)
+    return {__builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+            __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+#else
+    return {__builtin_shufflevector(lo, hi, 0, 2, 4, 6, 8, 10, 12, 14),
+            __builtin_shufflevector(lo, hi, 1, 3, 5, 7, 9, 11, 13, 15)};
+#endif
+}
+
+DK_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+template <class T>
+DK_INLINE void store(T* p, F v) {
+    const H h = narrow(v, T{});
+    std::memcpy(p, &h, sizeof h);
+}
+template <class T>
+DK_INLINE void store(T* p, F v, int n) {
+    T lanes[kLanes];
+    store(lanes, v);
+    for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+DK_INLINE void store_pair(bf16* p, Pair v) {
+    const U w = (rounded(v.lo) >> 16) | (rounded(v.hi) & 0xffff0000u);
+    std::memcpy(p, &w, sizeof w);
+}
+template <class T>
+DK_INLINE void store_pair(T* p, Pair v) {
+    store(p, v.lo);
+    store(p + kLanes, v.hi);
+}
+
+// Past the caches, for results larger than them; the address is a multiple of the vector's size.
+DK_INLINE void stream(float* p, F v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, v);
+#else
+    store(p, v);
+#endif
+}
+DK_INLINE void stream_fence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+template <class T>
+DK_INLINE bool streamable(const T* p) {
+    return reinterpret_cast<uintptr_t>(p) % sizeof(F) == 0;
+}
+DK_INLINE void prefetch(const void* p, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
+}
+DK_INLINE void prefetch_for_write(void* p, size_t bytes) {
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<char*>(p) + line, 1);
+}
+
+// The first n lanes of v, the rest zero.
+DK_INLINE F first(F v, int n) {
+    I lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    return choose(lane < n, v, F{});
+}
+
+DK_INLINE float sum(F v) {
+    typedef float F8 __attribute__((vector_size(32)));
+    typedef float F4 __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+    const F8 eight =
+        __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const F8 eight = v;
+#endif
+    const F4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+}  // namespace
+}  // namespace dk

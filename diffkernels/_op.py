@@ -1,0 +1,210 @@
+"""@op: a Python function whose body is the op's definition becomes an operator.
+
+From the one declaration derive the torch.library schema, the fake kernel (which is the allocator), the fallback gradient
+(the vjp of the body), the eager fast path, and what tests, benchmarks and `diffkernels info` enumerate.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _C, _grad, _ladder
+from ._case import Case
+
+_KINDS = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "list[Tensor]": "Tensor[]",
+    "int": "int",
+    "float": "float",
+    "str": "str",
+    "bool": "bool",
+}
+_PYTHON = {"int": (int, torch.SymInt), "float": (float, int, torch.SymFloat), "str": (str,), "bool": (bool,)}
+_DEVICES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
+_NOTHING = dict.fromkeys(_DEVICES)
+_library = torch.library.Library("diffkernels", "DEF")
+
+OPS: dict[str, Op] = {}
+
+
+class _First(dict[int, Any]):
+    """Device type (DLPack's) to the kernel that a call there meets first; looked up once."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def __missing__(self, device: int) -> Any:
+        self[device] = run = _ladder.first(self.op, _DEVICES[device])
+        return run
+
+
+class Op:
+    """A declared op: see the module's text. `call` is the function that users see."""
+
+    def __init__(self, body: Callable, allocate: Callable, check: Callable, cases: Sequence[Case]) -> None:
+        self.name = body.__name__
+        self.body = body
+        self.allocate = allocate
+        self.cases = tuple(cases)
+        self._check = check
+        self.signature = inspect.signature(body)
+        parameters = self.signature.parameters.values()
+        self.params = tuple((p.name, _KINDS[str(p.annotation)]) for p in parameters)
+        self.names = tuple(self.signature.parameters)
+        self.optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+        defaults = tuple(self.optional.values())
+        self.tails = {len(self.names) - n: defaults[len(defaults) - n :] for n in range(len(defaults) + 1)}
+        self.returns = _KINDS[str(self.signature.return_annotation)]
+
+        # PyTorch drops arguments that equal their default on the way to a Python kernel: the schema has none.
+        schema = ", ".join(f"{kind} {name}" for name, kind in self.params)
+        _library.define(f"{self.name}({schema}) -> {self.returns}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        qualified = f"diffkernels::{self.name}"
+        torch.library.register_fake(qualified, self._fake, lib=_library)
+        torch.library.register_autograd(qualified, _grad.vjp_of(body), setup_context=_grad.save, lib=_library)
+        self._overload = getattr(torch.ops.diffkernels, self.name).default
+        self._match_native()
+        self.call = self._wrap()
+        OPS[self.name] = self
+
+    def reference(self, *args: Any) -> Any:
+        """The definition, its outputs laid out as the allocator lays them out."""
+        return pytree.tree_map(lambda t: t.contiguous(), self.body(*args))
+
+    def check(self, *args: Any) -> None:
+        """Raises a TypeError, ValueError or IndexError that names the argument, what was expected and what came."""
+        first: Tensor | None = None
+        for (name, kind), value in zip(self.params, args, strict=True):
+            tensors: list[Any] = []
+            if kind == "Tensor" or (kind == "Tensor?" and value is not None):
+                tensors = [value]
+            elif kind == "Tensor[]":
+                if not isinstance(value, list | tuple):
+                    raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
+                tensors = list(value)
+            elif kind in _PYTHON and not isinstance(value, _PYTHON[kind]):
+                raise TypeError(f"{name}: expected {kind}, got {type(value).__name__}")
+            for t in tensors:
+                if not isinstance(t, Tensor):
+                    raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+                if t.layout is not torch.strided:
+                    raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
+                first = t if first is None else first
+                if t.device != first.device:
+                    raise ValueError(f"{name}: expected a tensor on {first.device} like the others, got {t.device}")
+        self._check(*args)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments in order, defaults filled in."""
+        if not kwargs and (tail := self.tails.get(len(args))) is not None:
+            return args + tail
+        rest = self.names[len(args) :]
+        given = self.optional | kwargs
+        try:
+            values = args + tuple([given.pop(name) for name in rest])
+        except KeyError:
+            given["missing"] = None
+        if given:
+            self.signature.bind(*args, **kwargs)  # raises, in Python's own words
+        return values
+
+    def device(self, args: tuple[Any, ...]) -> str:
+        """The device type that chooses the ladder: the first tensor's."""
+        return next(t.device.type for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+
+    def _run(self, *args: Any) -> Any:
+        return _ladder.climb(self, self.device(args), args)
+
+    def _fake(self, *args: Any) -> Any:
+        self.check(*args)
+        return self.allocate(*args)
+
+    def _wrap(self) -> Callable:
+        count, bind, overload, first = len(self.params), self.bind, self._overload, _First(self.name)
+        compiling, attempt, forced = torch.compiler.is_compiling, _C.attempt, _ladder.forced_rung.get
+
+        @functools.wraps(self.body)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kwargs or len(args) != count:
+                args = bind(args, kwargs)
+            if not compiling():
+                out = attempt(first if forced() is None else _NOTHING, self.allocate, *args)
+                if type(out) is not int:
+                    return out
+                if out:  # plain, but forced or refused
+                    return _ladder.climb(self, _DEVICES[out], args)
+                self.check(*args)
+                if self._transformed():
+                    return self.body(*args)
+            return overload(*args)
+
+        call.op = self  # type: ignore[attr-defined]
+        return call
+
+    def _transformed(self) -> bool:
+        """Whether torch.func.grad is at work, which wants the body; vmap and forward mode, silently wrong else, raise."""
+        kinds = {i.key().name for i in torch._C._functorch.get_interpreter_stack() or ()}
+        if torch.autograd.forward_ad._current_level >= 0:
+            kinds.add("Jvp")
+        for kind, what in (("Vmap", "torch.func.vmap"), ("Jvp", "forward-mode differentiation")):
+            if kind in kinds:
+                raise NotImplementedError(f"diffkernels.ops.{self.name} does not support {what}")
+        return bool(kinds)
+
+    def _match_native(self) -> None:
+        """The signature is written twice, in Python and in C++: they are compared here."""
+        expected = [("out", self.returns), *self.params]
+        for rung, op, params, _ in _C.kernels:
+            if op == self.name and [tuple(p) for p in params] != expected:
+                raise ImportError(f"{op} on rung {rung}: Python declares {expected}, C++ has {params}")
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A contiguous tensor of x's shape, dtype and device: what most allocators return, as fast as PyTorch gives it."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def op(*, allocate: Callable, check: Callable, cases: Sequence[Case]) -> Callable[[Callable], Callable]:
+    """Declares an op; the decorated function's body is its definition (wide accumulation and all).
+
+    `allocate(*args)` returns the empty outputs and must be cheap: it runs in every call, and as the fake kernel.
+    `check(*args)` raises on invalid arguments: it runs before the reference, in the fake kernel, and once a kernel refused.
+    """
+    return lambda body: Op(body, allocate, check, cases).call
+
+
+def _describe(t: Tensor) -> tuple[Any, ...]:
+    """What the border wants to know of a tensor where torch has no exchange API: DLPack's numbers for device and type."""
+    code, bits = {torch.bfloat16: (4, 16), torch.int32: (0, 32)}.get(t.dtype, (2, 8 * t.element_size()))
+    known = t.dtype.is_floating_point or t.dtype is torch.int32
+    device = next((n for n, name in _DEVICES.items() if name == t.device.type), -1)
+    return t.data_ptr(), device, t.device.index or 0, code if known else 1, bits, tuple(t.shape), t.stride()
+
+
+_C.init(
+    getattr(Tensor, "__dlpack_c_exchange_api__", None),
+    {
+        "describe": _describe,
+        "stream": lambda device: torch.cuda.current_stream(device).cuda_stream,
+        "threads": torch.get_num_threads,
+        "tensor": Tensor,
+        "parameter": torch.nn.Parameter,
+        "grad_enabled": torch.is_grad_enabled,
+        "forward_ad": torch.autograd.forward_ad,
+        "modes": [
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+            torch._C._functorch.peek_interpreter_stack,
+            torch._C._get_tracing_state,
+        ],
+    },
+)

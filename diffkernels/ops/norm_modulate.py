@@ -1,0 +1,125 @@
+"""Normalisation, affine and adaptive modulation in one pass (DiT's adaLN, PixArt, DiMR, WAN; Ba et al. 2016)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._case import Case
+from .._op import empty_like, op
+from . import _broadcast
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _check(x, scale, shift, weight, bias, norm, eps, eps_mode):  # type: ignore[no-untyped-def]
+    if x.ndim < 1:
+        raise ValueError(f"x: expected at least one dimension, [..., D]; got shape {list(x.shape)}")
+    for name, t in (("x", x), ("scale", scale), ("shift", shift), ("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
+        if t is not x and not _broadcast.matches(t, x):
+            raise ValueError(f"{name}: expected shape {_broadcast.expected(x)}; got {list(t.shape)}")
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"norm: expected 'layer' or 'rms', got {norm!r}")
+    if eps_mode not in ("inside", "outside"):
+        raise ValueError(f"eps_mode: expected 'inside' or 'outside' (of the root), got {eps_mode!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+
+
+def _allocate(x, scale, shift, weight, bias, norm, eps, eps_mode):  # type: ignore[no-untyped-def]
+    return empty_like(x)
+
+
+def _eager(x, scale, shift):  # type: ignore[no-untyped-def]
+    return F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _adaln(*shape: int):  # type: ignore[no-untyped-def]
+    def args(draw):  # type: ignore[no-untyped-def]
+        b, d = shape[0], shape[-1]
+        scale, shift, *_ = draw(b, 6 * d).chunk(6, dim=-1)
+        return {"x": draw(*shape), "scale": scale, "shift": shift}
+
+    return args
+
+
+@op(
+    allocate=_allocate,
+    check=_check,
+    cases=[
+        Case("adaln", _adaln(2, 9, 72)),
+        Case("plain", lambda draw: {"x": draw(3, 5, 64)}),
+        Case("affine", lambda draw: {"x": draw(2, 7, 48), "weight": draw(48), "bias": draw(48), "eps": 1e-5}),
+        Case(
+            "per-token",
+            lambda draw: {"x": draw(2, 6, 33), "scale": draw(2, 6, 33), "shift": draw(2, 6, 33), "weight": draw(33)},
+        ),
+        Case("per-frame", lambda draw: {"x": draw(2, 12, 40), "scale": draw(2, 3, 1, 40), "shift": draw(2, 3, 1, 40)}),
+        Case("per-frame-4d", lambda draw: {"x": draw(2, 3, 4, 40), "scale": draw(2, 3, 1, 40), "shift": draw(2, 40)}),
+        Case("mixed-dtypes", lambda draw: {"x": draw(2, 4, 65), "scale": draw.f32(2, 65), "weight": draw.f32(65)}),
+        Case(
+            "rms-outside",
+            lambda draw: {"x": draw(4, 60), "weight": draw(60), "norm": "rms", "eps": 1e-8, "eps_mode": "outside"},
+        ),
+        Case("rms", lambda draw: {"x": draw(2, 3, 2, 31), "weight": draw(31), "norm": "rms"}),
+        Case("layer-outside", lambda draw: {"x": draw(3, 130), "eps": 1e-3, "eps_mode": "outside"}),
+        Case("one-row", lambda draw: {"x": draw(257), "scale": draw(257)}),
+        Case("one-column", lambda draw: {"x": draw(5, 1), "shift": draw(5, 1)}),
+        Case("no-samples", lambda draw: {"x": draw(0, 4, 16), "scale": draw(0, 16), "weight": draw(16)}),
+        Case("no-tokens", lambda draw: {"x": draw(2, 0, 16), "scale": draw(2, 16), "shift": draw(2, 16)}),
+        Case("wide", lambda draw: {"x": draw(2, 8191), "weight": draw(8191), "norm": "rms"}),
+        Case("widest", lambda draw: {"x": draw(1, 66816), "weight": draw(66816), "bias": draw(66816)}),
+        Case("dit-xl-256", _adaln(8, 256, 1152), model="DiT-XL/2 at 256², batch 8", eager=_eager),
+        Case("flux-1024", _adaln(1, 4608, 3072), model="FLUX at 1024²", eager=_eager),
+    ],
+)
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    eps_mode: str = "inside",
+) -> Tensor:
+    """norm(x) · weight + bias, then · (1 + scale) + shift, in one pass.
+
+    The norm runs over the last dimension with the biased variance. `norm="layer"`: (x - mean) / d; `norm="rms"`: x / d,
+    without centring; d = sqrt(ms + eps) for `eps_mode="inside"`, sqrt(ms) + eps for `"outside"` (DiMR's TDRMSNorm), where
+    ms is the variance or the mean square.
+
+    Args:
+        x: [..., D], float32, float16, bfloat16 (or float64, on the reference), D >= 1, any strides.
+        scale, shift: the adaptive form. [D] shared, [B, D] per sample, [B, S, D] per token, or [B, F, 1, D] per frame;
+            leading dimensions match x's from the left and 1s go before D. Views such as `chunk(6)` are read as they are.
+        weight, bias: the plain form, of the same shapes.
+        eps: >= 0.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype. Statistics and arithmetic are float32, rounded once at the end.
+
+    Raises:
+        TypeError: a dtype outside the list. ValueError: a shape, `norm`, `eps` or `eps_mode` outside of the above.
+
+    Source: Ba et al. 2016, eq. 3; Zhang & Sennrich 2019, eq. 4; Peebles & Xie 2023 (adaLN); DiMR (arXiv 2406.09416).
+    """
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    if norm == "layer":
+        h = h - h.mean(-1, keepdim=True)
+    ms = h.square().mean(-1, keepdim=True)
+    h = h * torch.rsqrt(ms + eps) if eps_mode == "inside" else h / (ms.sqrt() + eps)
+    if weight is not None:
+        h = h * _broadcast.align(weight, x).to(h.dtype)
+    if bias is not None:
+        h = h + _broadcast.align(bias, x).to(h.dtype)
+    if scale is not None:
+        h = h * (1 + _broadcast.align(scale, x).to(h.dtype))
+    if shift is not None:
+        h = h + _broadcast.align(shift, x).to(h.dtype)
+    return h.to(x.dtype)
