@@ -1,0 +1,55 @@
+"""What is right: an op's own body in float64, on the inputs as they are (already rounded)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._op import Op
+
+ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+RMS = {torch.float64: 1e-12, torch.float32: 2e-7, torch.float16: 2.6e-4, torch.bfloat16: 2.1e-3}
+
+
+def widened(args: Any) -> Any:
+    """The arguments with every floating-point tensor in float64."""
+    return pytree.tree_map(lambda a: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a, args)
+
+
+def exact(op: Op, args: tuple[Any, ...]) -> list[Tensor]:
+    """The op's outputs in float64."""
+    return pytree.tree_leaves(op.body(*widened(args)))
+
+
+def compare(got: Tensor, exact: Tensor, reference: Tensor, c: float = 1.0, rms: bool = True) -> float:
+    """Raises AssertionError, in words, where `got` is further from float64 than the definition in its own dtype is.
+
+    Allowed is `c` times the reference's largest error plus 2 ulp of the largest result, and with `rms` a relative RMS
+    error; NaN and infinities must be where the definition has them. Returns the largest error.
+    """
+    if got.shape != exact.shape or got.dtype != reference.dtype:
+        raise AssertionError(f"{got.dtype} {list(got.shape)} instead of {reference.dtype} {list(exact.shape)}")
+    dtype = got.dtype
+    got, exact, reference = got.double().cpu(), exact.cpu(), reference.double().cpu()
+    if not torch.equal(got.isnan(), exact.isnan()):
+        raise AssertionError("NaN in other places than the definition has it")
+    finite = exact.isfinite()
+    infinite = ~finite & ~exact.isnan()
+    if not torch.equal(got[infinite], exact[infinite]):
+        raise AssertionError("infinities differ")
+    got, exact, reference = got[finite], exact[finite], reference[finite]
+    if exact.numel() == 0:
+        return 0.0
+    error, own = (got - exact).abs().max().item(), (reference - exact).abs().max().item()
+    allowed = c * own + 2 * ULP[dtype] * exact.abs().max().item()
+    if not error <= allowed:
+        raise AssertionError(f"error {error:.3g}, allowed {allowed:.3g} (the definition's own: {own:.3g})")
+    norm = exact.square().mean().sqrt().item()
+    if rms and norm > 0:
+        relative = (got - exact).square().mean().sqrt().item() / norm
+        if not relative <= RMS[dtype]:
+            raise AssertionError(f"relative RMS error {relative:.3g}, allowed {RMS[dtype]:.3g}")
+    return error
