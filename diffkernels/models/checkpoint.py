@@ -1,0 +1,190 @@
+"""Weights in safetensors files: everything is checked before anything is loaded, and nothing is unpickled.
+
+A file of ours carries one metadata entry, "diffkernels", a JSON object: {"format": 1, "arch": "DiT", "config": {…},
+"about": {…}}. Converted official weights have none; they load into a model that the caller has built.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+FORMAT = 1
+KEY = "diffkernels"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+TRAINING_ONLY = ("class_dropout_prob",)  # that there is a null class shows in the shapes
+_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
+
+M = TypeVar("M", bound=type[nn.Module])
+ARCHITECTURES: dict[str, type[nn.Module]] = {}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not what was expected; the text names the file, what was expected and what came."""
+
+
+def architecture(cls: M) -> M:
+    """Registers a model class that `load` may build. It keeps its constructor's arguments in `self.config`."""
+    ARCHITECTURES[cls.__name__] = cls
+    return cls
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Loads a safetensors file into `model`, or into a new float32 model on the CPU that its metadata describes.
+
+    Names and shapes must be the model's own, and its configuration where the file has one; the numbers are finite floats
+    of any width, and are converted to the dtype and device of the model's parameters. If anything is wrong, the model is
+    left as it was.
+
+    Returns:
+        The model, in evaluation mode where it is new.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: a pickle, a damaged or foreign file, or a configuration, names, shapes, dtypes or
+            numbers that don't fit.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        names = set(file.keys())
+        metadata = file.metadata() or {}
+        if model is not None and KEY in metadata:
+            _same(path, _describe(path, metadata), model)
+        target = _build(path, metadata, names) if model is None else model
+        expected = target.state_dict()
+        _match(path, names, expected)
+        for name, own in expected.items():
+            shape, dtype = list(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+            if shape != list(own.shape):
+                raise CheckpointError(f"{path}: {name}: expected shape {list(own.shape)}, got {shape}")
+            if dtype not in FLOATS:
+                raise CheckpointError(f"{path}: {name}: expected {', '.join(FLOATS)}; got {dtype}")
+        state: dict[str, Tensor] = {}
+        for name, own in expected.items():
+            state[name] = file.get_tensor(name).to(own.dtype)
+            if not state[name].isfinite().all():  # after the conversion: a large float32 is no float16
+                raise CheckpointError(f"{path}: {name}: expected finite numbers in {own.dtype}, found infinity or NaN")
+    target.load_state_dict(state, strict=True, assign=model is None)
+    return target if model is not None else target.eval()
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file of ours says of itself: {"format", "arch", "config", "about"}. Raises as `load` does."""
+    path = Path(path)
+    with _open(path) as file:
+        return _describe(path, file.metadata() or {})
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `model` to a safetensors file that `load(path)` can build it from; the file appears whole or not at all.
+
+    `dtype` is the width of storage (None: as it is); `about` is free JSON about the weights.
+
+    Raises:
+        CheckpointError: numbers that are not finite in that dtype. TypeError: a model without `architecture`.
+    """
+    path = Path(path)
+    arch = type(model).__name__
+    if ARCHITECTURES.get(arch) is not type(model):
+        raise TypeError(f"model: expected one of {', '.join(ARCHITECTURES)}; got {arch}")
+    state = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    for name, t in state.items():
+        if not t.isfinite().all():
+            raise CheckpointError(f"{path}: {name}: expected finite numbers in {t.dtype}, found infinity or NaN")
+    # One entry, sorted: safetensors writes its entries in no fixed order, and the same weights shall be the same bytes.
+    text = json.dumps({"format": FORMAT, "arch": arch, "config": model.config, "about": dict(about or {})}, sort_keys=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(to_bytes(state, metadata={KEY: text}))  # not save_file, which hides its file from other users
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open(path: Path) -> Any:
+    if path.suffix.lower() in PICKLES:
+        raise CheckpointError(
+            f"{path}: expected a .safetensors file; {path.suffix} files are pickles, which can run any code when they are "
+            "opened. Convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a safetensors file, got a directory or a device")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected a whole safetensors file, got something else ({error})") from error
+
+
+def _describe(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if KEY not in metadata:
+        raise CheckpointError(
+            f"{path}: expected metadata {KEY!r} that says which model this is, found none; for other people's weights, "
+            "build the model yourself: load(path, model)"
+        )
+    try:
+        found = json.loads(metadata[KEY])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected JSON in the metadata {KEY!r}, got something else ({error})") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        version = found.get("format") if isinstance(found, dict) else None
+        raise CheckpointError(f"{path}: expected format {FORMAT}, got {version!r}")
+    if not isinstance(found.get("config"), dict) or not isinstance(found.get("about", {}), dict):
+        raise CheckpointError(f"{path}: expected JSON objects 'config' and 'about' in the metadata")
+    return found
+
+
+def _build(path: Path, metadata: Mapping[str, str], names: set[str]) -> nn.Module:
+    """The model that the metadata describes, on the meta device: a wrong size costs nothing before it is found."""
+    found = _describe(path, metadata)
+    arch, config = found.get("arch"), found["config"]
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        raise CheckpointError(f"{path}: expected arch to be one of {', '.join(ARCHITECTURES)}; got {arch!r}")
+    parameters = inspect.signature(ARCHITECTURES[arch]).parameters
+    for key, value in config.items():
+        if key not in parameters:
+            raise CheckpointError(f"{path}: config: expected keys among {', '.join(parameters)}; got {key!r}")
+        kind = str(parameters[key].annotation)
+        if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):  # type: ignore[arg-type]
+            raise CheckpointError(f"{path}: config: {key}: expected {kind}, got {value!r}")
+    if config.get("depth", 0) > len(names):
+        raise CheckpointError(f"{path}: config: depth {config['depth']}, but the file holds {len(names)} tensors")
+    try:
+        with torch.device("meta"):
+            return ARCHITECTURES[arch](**config)
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: config: {error}") from error
+
+
+def _same(path: Path, found: Mapping[str, Any], model: nn.Module) -> None:
+    """What shapes can't show, such as the number of heads, would load without a word and answer nonsense."""
+    arch, config = type(model).__name__, getattr(model, "config", {})
+    if found.get("arch") != arch:
+        raise CheckpointError(f"{path}: expected arch {arch!r}, got {found.get('arch')!r}")
+    for key, value in found["config"].items():
+        if key not in TRAINING_ONLY and config.get(key) != value:
+            raise CheckpointError(f"{path}: config: {key}: expected the model's {config.get(key)!r}, got {value!r}")
+
+
+def _match(path: Path, names: set[str], expected: Mapping[str, Tensor]) -> None:
+    for what, odd in (("misses", expected.keys() - names), ("has unexpected", names - expected.keys())):
+        if odd:
+            some = ", ".join(sorted(odd)[:4]) + (f" and {len(odd) - 4} more" if len(odd) > 4 else "")
+            raise CheckpointError(f"{path}: expected {len(expected)} tensors, got {len(names)}; it {what} {some}")
