@@ -1,0 +1,286 @@
+"""`diffkernels sample`: pictures from a small DiT, on one labelled sheet."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from .. import RungError, __version__, running
+from ..models import DiT, load
+from ..models.checkpoint import describe
+from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler
+
+BUNDLED = {"digits": "digits_dit.safetensors"}
+SCHEDULES: dict[str, Callable[[], DiscreteVP]] = {"linear": DiscreteVP.linear, "cosine": DiscreteVP.cosine}
+MOST = 4096  # pictures on a sheet
+BATCH = 256
+
+PAPER, GROUND, INK, FADED = (250, 247, 241), (255, 254, 251), (24, 33, 58), (128, 124, 118)
+CELL, GAP, MARGIN, WIDE = 70, 6, 28, 16  # pixels; pictures in a line
+
+
+class Refused(ValueError):
+    """What was asked for can't be done; the text says why, in a line."""
+
+
+def register(subparsers: Any) -> None:
+    """Adds the subcommand to argparse's `subparsers`; its namespace holds `run`."""
+    parser = subparsers.add_parser("sample", help="make pictures with a small diffusion transformer", description=__doc__)
+    parser.add_argument("--model", default="digits", help=f"{', '.join(BUNDLED)}, or a .safetensors file (default: digits)")
+    parser.add_argument("--solver", default="dpmpp_2m", choices=list(SOLVERS), help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=20, help="solver steps (default: %(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (default: %(default)s)"
+    )
+    parser.add_argument("--classes", default="0-9", help='labels, a line each: "0-9", "3,3,7" (default: %(default)s)')
+    parser.add_argument("--per-class", type=int, default=10, help="pictures of each label (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same pictures (default: %(default)s)")
+    parser.add_argument("--out", default="digits.png", help="the PNG to write (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 once the picture is written; 2 and a line on stderr if the request can't be met; 130 on Ctrl-C."""
+    try:
+        _run(args)
+    except KeyboardInterrupt:
+        print("diffkernels sample: stopped; nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RungError) as error:
+        print(f"diffkernels sample: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.steps < 1:
+        raise Refused(f"--steps: expected 1 or more, got {args.steps}")
+    if not math.isfinite(args.guidance):
+        raise Refused(f"--guidance: expected a finite number, got {args.guidance}")
+    if args.per_class < 1:
+        raise Refused(f"--per-class: expected 1 or more, got {args.per_class}")
+    if not 0 <= args.seed < 1 << 63:
+        raise Refused(f"--seed: expected 0 to 2^63 - 1, got {args.seed}")
+    classes = parse_classes(args.classes)
+    if len(classes) * args.per_class > MOST:
+        raise Refused(f"--per-class: expected at most {MOST} pictures in all, got {len(classes)} × {args.per_class}")
+    model, about = _model(args.model)
+    highest = model.config["num_classes"] - 1
+    if max(classes) > highest:
+        raise Refused(f"--classes: {args.model} has the labels 0 to {highest}, got {max(classes)}")
+    if args.guidance != 1 and model.null_class is None:
+        raise Refused(f"--guidance: {args.model} was trained without label dropout: only 1 works, got {args.guidance}")
+    sampler = _sampler(args, about)
+    nfe = sampler.nfe(args.steps)
+
+    with _Written(args.out) as out:  # before the work: an unwritable path is known now
+        start = time.perf_counter()
+        pictures = sample(model, sampler, classes, args)
+        seconds = time.perf_counter() - start
+        if not pictures.isfinite().all():
+            raise Refused(f"--guidance: the samples are not finite at {args.guidance}; take one nearer to 1")
+        settings = {
+            "model": args.model,
+            "solver": args.solver,
+            "steps": args.steps,
+            "guidance": args.guidance,
+            "seed": args.seed,
+            "classes": classes,
+            "per_class": args.per_class,
+            "nfe": nfe,
+        }
+        title = f"{args.solver}   {args.steps} steps   guidance {args.guidance:g}   seed {args.seed}"
+        info = PngInfo()
+        info.add_text("Software", f"diffkernels {__version__}")
+        info.add_text("diffkernels", json.dumps(settings))
+        sheet(pictures, classes, title).save(out.partial, format="PNG", pnginfo=info)
+    if not args.quiet:
+        _tell(args, out.path, nfe, 1000 * seconds / len(pictures), len(pictures))
+
+
+def parse_classes(text: str) -> list[int]:
+    """Labels from "0-9", "3,3,7" or "0-3,7". Raises Refused for anything else."""
+    classes: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (s.strip() for s in part.partition("-"))
+        ends = [first, last] if dash else [first]
+        # int() would also take "٣", "1_0" and "+1"
+        if not all(s.isascii() and s.isdigit() and len(s) < 7 for s in ends) or int(ends[-1]) < int(first):
+            raise Refused(f'--classes: expected labels such as "0-9" or "3,3,7", got {text!r}')
+        classes += range(int(first), min(int(ends[-1]), int(first) + MOST) + 1)
+    return classes
+
+
+def sample(model: DiT, sampler: Sampler, classes: Sequence[int], args: argparse.Namespace) -> Tensor:
+    """[len(classes) · per_class, C, H, W] float32, a class after the other.
+
+    Picture j of a class depends on the seed, the class and j only, not on what else is on the sheet.
+    """
+    side = model.config["input_size"]
+    seen: dict[int, int] = {}
+    labels, generators = [], []
+    for label in classes:
+        for _ in range(args.per_class):
+            j = seen[label] = seen.get(label, -1) + 1
+            state = np.random.SeedSequence([args.seed, label, j]).generate_state(1, np.uint64)
+            labels.append(label)
+            generators.append(torch.Generator().manual_seed(int(state[0] >> 1)))
+    noise = torch.stack([torch.randn(model.config["in_channels"], side, side, generator=g) for g in generators])
+    y = torch.tensor(labels)
+    null = None if model.null_class is None else torch.full_like(y, model.null_class)
+    done = []
+    for i in range(0, len(y), BATCH):
+        part = slice(i, i + BATCH)
+        done.append(
+            sampler(
+                model,
+                noise[part],
+                steps=args.steps,
+                guidance=args.guidance,
+                cond={"y": y[part]},
+                uncond=None if null is None else {"y": null[part]},
+                generator=generators[part],
+                progress=not args.quiet,
+            )
+        )
+    return torch.cat(done)
+
+
+def sheet(pictures: Tensor, classes: Sequence[int], title: str) -> Image.Image:
+    """A labelled contact sheet: a line of pictures, or several, for each class.
+
+    Args:
+        pictures: [len(classes) · n, C, H, W] in [-1, 1], C = 1 (ink on paper) or 3 (RGB).
+    """
+    tiles = _tiles(pictures)
+    n, size = len(tiles) // len(classes), tiles.shape[1]
+    columns, lines = min(n, WIDE), -(-n // WIDE)
+    small, big = ImageFont.load_default(13), ImageFont.load_default(22)
+    label = 18 + math.ceil(max(big.getlength(str(c)) for c in classes))
+    pitch, between = size + GAP, GAP  # a little air between the classes
+    top = MARGIN + 30
+    width = max(2 * MARGIN + label + columns * pitch - GAP, 2 * MARGIN + math.ceil(small.getlength(title)))
+    height = top + len(classes) * (lines * pitch + between) - between - GAP + MARGIN
+    image = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((MARGIN, MARGIN - 6), title, fill=FADED, font=small)
+    for k, name in enumerate(classes):
+        y0 = top + k * (lines * pitch + between)
+        draw.text((MARGIN, y0 + size / 2), str(name), fill=FADED, font=big, anchor="lm")
+        for j in range(n):
+            place = (MARGIN + label + j % WIDE * pitch, y0 + j // WIDE * pitch)
+            image.paste(Image.fromarray(tiles[k * n + j]), place)
+    return image
+
+
+def _tiles(pictures: Tensor) -> np.ndarray:
+    """Pictures as uint8 [N, size, size, 3], small ones enlarged by a whole factor to CELL pixels or so."""
+    ink = pictures.shape[1] == 1
+    light = pictures.clamp(-1, 1)
+    if ink:
+        light = F.pad(light, (1, 1, 1, 1), value=-1.0)  # paper around strokes that end at the picture's edge
+    factor = max(1, round(CELL / light.shape[-1]))
+    light = F.interpolate(light, scale_factor=factor, mode="bicubic").clamp(-1, 1) / 2 + 0.5
+    if ink:
+        # A steeper tone curve after a smooth enlargement: strokes get an edge, and the faint noise of the ground is gone.
+        t = ((light - 0.18) / 0.72).clamp(0, 1)
+        t = t * t * (3 - 2 * t)
+        ground, colour = (torch.tensor(c).view(3, 1, 1) for c in (GROUND, INK))
+        light = (ground + (colour - ground) * t) / 255
+    return (255 * light).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _model(name: str) -> tuple[DiT, dict[str, Any]]:
+    """The model of that name or file, and what its file says about it."""
+    if name in BUNDLED:
+        path = Path(str(resources.files("diffkernels") / "assets" / BUNDLED[name]))
+    elif os.sep in name or Path(name).suffix or Path(name).exists():
+        path = Path(name)
+    else:
+        raise Refused(f"--model: expected {', '.join(BUNDLED)} or a .safetensors file, got {name!r}")
+    model = load(path)
+    if not isinstance(model, DiT) or model.config["in_channels"] not in (1, 3):
+        raise Refused(f"--model: {name}: expected a DiT of 1 or 3 channels: others, such as latents, can't be drawn")
+    return model, describe(path).get("about", {})
+
+
+def _sampler(args: argparse.Namespace, about: dict[str, Any]) -> Sampler:
+    prediction, schedule = about.get("prediction", "eps"), about.get("schedule", "linear")
+    if prediction not in PREDICTIONS or schedule not in SCHEDULES:
+        raise Refused(
+            f"--model: {args.model}: expected a prediction among {', '.join(PREDICTIONS)} and a schedule among "
+            f"{', '.join(SCHEDULES)}; got {prediction!r} and {schedule!r}"
+        )
+    return Sampler(args.solver, schedule=SCHEDULES[schedule](), prediction=prediction)
+
+
+class _Written:
+    """A file that appears whole, under its name, when the block ends well, and otherwise not at all."""
+
+    def __init__(self, name: str) -> None:
+        self.path = Path(os.path.realpath(name))  # through a link, or the link itself would be replaced
+        if self.path.suffix.lower() != ".png":
+            raise Refused(f"--out: expected a .png file, got {name!r}")
+        if self.path.exists() and not self.path.is_file():
+            raise Refused(f"--out: {name} is there and no file")
+        if not self.path.parent.is_dir():
+            raise Refused(f"--out: {self.path.parent} is no directory")
+
+    def __enter__(self) -> _Written:
+        try:
+            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".partial")
+        except OSError as error:
+            raise Refused(f"--out: can't write to {self.path.parent}: {error.strerror}") from error
+        mask = os.umask(0)
+        os.umask(mask)
+        os.fchmod(handle, 0o666 & ~mask)  # mkstemp's files are for their owner only
+        os.close(handle)
+        self.partial = Path(name)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                os.replace(self.partial, self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+
+def _tell(args: argparse.Namespace, path: Path, nfe: int, ms: float, count: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = {
+        "model": args.model,
+        "solver": f"{args.solver}, {args.steps} steps, guidance {args.guidance:g}",
+        "evaluations": f"{nfe}" + (", each of a doubled batch (guidance)" if args.guidance != 1 else ""),
+        **{op: f"rung {running(op)}" for op in ("norm_modulate", "solver_step")},
+        "time": f"{ms:.1f} ms an image ({count} images)",
+        "seed": str(args.seed),
+        "written": str(path),
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, Text(value))  # Text: brackets in a path are no markup
+    # As wide as the longest path, or it would be folded and could not be copied.
+    Console(highlight=False, width=max(80, 32 + max(map(len, rows.values())))).print(table)
