@@ -1,0 +1,17 @@
+"""Triton kernels run in Triton's interpreter where there is no GPU: that has to be said before Triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+NOT_RUN: dict[str, str] = {}  # "device/rung": why; test_ops.py fills it, the summary prints it
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if NOT_RUN:
+        terminalreporter.section("rungs not run here")
+        for rung, why in sorted(NOT_RUN.items()):
+            terminalreporter.write_line(f"{rung}: {why}")

@@ -1,0 +1,309 @@
+"""Every op × case × dtype × rung × layout, from the declarations alone: nothing here names an op.
+
+The oracle is the op's own body in float64 on the inputs as they are (already rounded). A kernel may be as wrong as the
+body is in its own dtype, plus 2 ulp of the largest result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import NOT_RUN
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree as pytree
+
+import diffkernels as dk
+from diffkernels._case import Draw
+from diffkernels._ladder import RUNGS, interpreting, missing
+from diffkernels._op import OPS
+from diffkernels.bench import oracle
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+ROOMY = 200_000  # elements above which a case runs as drawn only
+
+
+class Strided(Draw):
+    """Every second element of a larger buffer, the rest NaN."""
+
+    def lay(self, t: Tensor) -> Tensor:
+        if t.ndim == 0:
+            return t
+        buffer = torch.full([2 * n + 1 for n in t.shape], torch.nan, dtype=t.dtype, device=t.device)
+        view = buffer[tuple(slice(1, None, 2) for _ in t.shape)]
+        return view.copy_(t)
+
+
+class Transposed(Draw):
+    """Dimensions stored in reverse order."""
+
+    def lay(self, t: Tensor) -> Tensor:
+        return t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+
+
+class Misaligned(Draw):
+    """One element past an aligned address."""
+
+    def lay(self, t: Tensor) -> Tensor:
+        buffer = torch.full([t.numel() + 1], torch.nan, dtype=t.dtype, device=t.device)
+        return buffer[1:].view(t.shape).copy_(t)
+
+
+class Zeros(Draw):
+    def values(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape)
+
+
+class LargeMean(Draw):
+    def values(self, shape: tuple[int, ...]) -> Tensor:
+        return 1e4 + super().values(shape)
+
+
+class Integers(Draw):
+    """-1, 0 and 1."""
+
+    def values(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=self.generator).float()
+
+
+LAYOUTS = {
+    "drawn": Draw,
+    "strided": Strided,
+    "transposed": Transposed,
+    "misaligned": Misaligned,
+    "zeros": Zeros,
+    "large-mean": LargeMean,
+}
+
+
+def rungs(op: str, device: str) -> list[str]:
+    """The rungs that can run here; what can't is noted with its reason."""
+    here = []
+    for rung in RUNGS:
+        why = missing(rung, op, device)
+        if why is None:
+            here.append(rung)
+        elif "does not run on" not in why:
+            NOT_RUN[f"{device}/{rung}"] = why
+    if device == "cpu" and "cuda" not in DEVICES:
+        NOT_RUN.update({f"cuda/{rung}": missing(rung, op, "cuda") or "" for rung in ("sm90", "cuda", "triton")})
+    return here
+
+
+def every_kernel() -> list:
+    return [
+        pytest.param(op, case, device, rung, id=f"{name}-{case.name}-{device}-{rung}")
+        for name, op in OPS.items()
+        for case in op.cases
+        for device in DEVICES
+        for rung in rungs(name, device)
+        if case.model is None
+    ]
+
+
+EXPECTED = {(op, device, rung) for op in OPS for device in DEVICES for rung in rungs(op, device)}
+RAN: set[tuple[str, str, str]] = set()
+
+
+leaves = pytree.tree_leaves
+
+
+def size(args) -> int:
+    return sum(t.numel() for t in leaves(args) if isinstance(t, Tensor))
+
+
+class Guarded:
+    """An allocator whose outputs are NaN, between guard bands that must survive."""
+
+    BAND = 4096
+
+    def __init__(self, op, monkeypatch) -> None:
+        self.allocate, self.buffers = op.allocate, []
+        monkeypatch.setattr(op, "allocate", self)
+
+    def __call__(self, *args):
+        return pytree.tree_map(self.guard, self.allocate(*args))
+
+    def guard(self, t: Tensor) -> Tensor:
+        pad = self.BAND // t.element_size()
+        buffer = torch.full([t.numel() + 2 * pad], torch.nan, dtype=t.dtype, device=t.device)
+        buffer[:pad] = buffer[pad + t.numel() :] = 7
+        self.buffers.append((buffer, pad))
+        return buffer[pad : pad + t.numel()].view(t.shape)
+
+    def intact(self) -> bool:
+        return all(bool((b[:pad] == 7).all() and (b[b.numel() - pad :] == 7).all()) for b, pad in self.buffers)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
+def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
+    draw = LAYOUTS[layout](DTYPES[dtype], device)
+    args = op.bind((), case.args(draw))
+    if size(args) > ROOMY and layout not in ("drawn", "large-mean"):
+        pytest.skip("a big case runs as drawn")
+    exact = oracle.exact(op, args)
+    reference = leaves(op.reference(*args))
+    guarded = Guarded(op, monkeypatch)
+    with dk.rung(rung), torch.no_grad():
+        got = leaves(op.call(*args))
+    assert guarded.intact(), "wrote outside of its outputs"
+    assert len(got) == len(exact)
+    truncates = rung == "triton" and interpreting() and DTYPES[dtype] is torch.bfloat16  # the interpreter; a GPU rounds
+    for g, e, r in zip(got, exact, reference, strict=True):
+        assert g.is_contiguous()
+        oracle.compare(g, e, r, rms=layout not in ("zeros", "large-mean") and not truncates)
+    RAN.add((op.name, device, rung))
+
+
+@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
+def test_small_integers_are_exact_where_the_definition_is(op, case, device, rung) -> None:
+    args = op.bind((), case.args(Integers(torch.float32, device)))
+    exact = oracle.exact(op, args)
+    with dk.rung(rung), torch.no_grad():
+        got = leaves(op.call(*args))
+    for g, e in zip(got, exact, strict=True):
+        whole = e == e.round()  # a solver step's results; none of a norm's but its zeros
+        if whole.all():
+            assert torch.equal(g.double(), e)
+
+
+@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
+def test_nan_and_infinity_stay_in_their_sample(op, case, device, rung) -> None:
+    clean = op.bind((), case.args(Draw(torch.float32, device)))
+    names = [name for name, _ in op.params]
+    x = clean[names.index("x")]
+    if x.ndim < 2 or x.shape[0] < 2 or x.numel() == 0:
+        pytest.skip("one sample")
+    dirty = list(clean)
+    dirty[names.index("x")] = x = x.clone()
+    x.view(x.shape[0], -1)[0, 0] = torch.nan
+    with dk.rung(rung), torch.no_grad():
+        before, after = leaves(op.call(*clean)), leaves(op.call(*dirty))
+    for b, a in zip(before, after, strict=True):
+        assert torch.equal(b[1:], a[1:]) and (a[0].isnan().any() or not op.reference(*dirty))
+    x.view(x.shape[0], -1)[0, 0] = torch.inf
+    exact = leaves(op.reference(*dirty))
+    with dk.rung(rung), torch.no_grad():
+        for g, e in zip(leaves(op.call(*dirty)), exact, strict=True):
+            assert torch.equal(g.isfinite(), e.isfinite())
+
+
+@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
+def test_two_runs_are_bit_equal(op, case, device, rung) -> None:
+    args = op.bind((), case.args(Draw(torch.bfloat16, device)))
+    with dk.rung(rung), torch.no_grad():
+        first, second = leaves(op.call(*args)), leaves(op.call(*args))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.view(torch.uint8) if a.numel() else a, b.view(torch.uint8) if b.numel() else b)
+
+
+def test_every_usable_rung_ran(request) -> None:
+    """What `diffkernels info` calls usable was run above, or this fails."""
+    collected = {i.callspec.id for i in request.session.items if i.originalname == "test_kernel"}
+    if len(collected) < len(every_kernel()) * len(DTYPES) * len(LAYOUTS):
+        pytest.skip("only a part of the suite was selected")
+    assert EXPECTED <= RAN, f"usable, but never run: {sorted(EXPECTED - RAN)}"
+
+
+def differentiable() -> list:
+    return [
+        pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases if case.model is None
+    ]
+
+
+def requiring_grad(args) -> tuple:
+    def leaf(t):
+        return t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+    return pytree.tree_map(leaf, args)
+
+
+def gradients(outputs, inputs, weights) -> list[Tensor]:
+    loss = sum((o * w.to(o)).sum() for o, w in zip(leaves(outputs), weights, strict=True))
+    return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("op", "case"), differentiable())
+def test_gradient(op, case, dtype) -> None:
+    """Every input's gradient, through the registered op, against the body's in float64."""
+    args = requiring_grad(op.bind((), case.args(Draw(DTYPES[dtype]))))
+    if size(args) > ROOMY:
+        pytest.skip("a big case runs forward only")
+    wide = requiring_grad(oracle.widened(args))
+    weights = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)) for o in leaves(op.call(*args))]
+
+    def inputs(a):
+        return [t for t in pytree.tree_leaves(a) if isinstance(t, Tensor) and t.requires_grad]
+
+    got = gradients(op.call(*args), inputs(args), weights)
+    exact = gradients(op.body(*wide), inputs(wide), weights)
+    own = gradients(op.body(*args), inputs(args), weights)
+    for g, e, o in zip(got, exact, own, strict=True):
+        oracle.compare(g, e, o, c=3.0, rms=False)
+
+
+@pytest.mark.parametrize(("op", "case"), differentiable())
+def test_gradcheck(op, case) -> None:
+    args = op.bind((), case.args(Draw(torch.float64)))
+    if size(args) > 2000 or size(args) == 0:
+        pytest.skip("finite differences of a small case only")
+    args = pytree.tree_map(
+        lambda a: a.detach().double().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a, args
+    )
+    flat, spec = pytree.tree_flatten(args)
+    where = [i for i, a in enumerate(flat) if isinstance(a, Tensor) and a.requires_grad and a.isfinite().all()]
+
+    def call(*tensors):
+        full = list(flat)
+        for i, t in zip(where, tensors, strict=True):
+            full[i] = t
+        return tuple(leaves(op.call(*pytree.tree_unflatten(full, spec))))
+
+    torch.autograd.gradcheck(call, [flat[i] for i in where], fast_mode=True)
+    torch.autograd.gradgradcheck(call, [flat[i] for i in where], fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize(("op", "case"), differentiable())
+def test_opcheck(op, case) -> None:
+    args = op.bind((), case.args(Draw(torch.float32)))
+    if size(args) > ROOMY:
+        pytest.skip("a small case says the same")
+    torch.library.opcheck(op._overload, args)
+    torch.library.opcheck(op._overload, requiring_grad(args))
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_compile_fullgraph_with_dynamic_shapes(op) -> None:
+    """Forward and backward; more rows don't compile again."""
+    torch._dynamo.reset()
+    case = next(c for c in op.cases if c.model is None)
+
+    class Longer(Draw):
+        def values(self, shape):
+            return super().values((*shape[:1], shape[1] + 3, *shape[2:]) if len(shape) == 3 and self.longer else shape)
+
+    def args(longer: bool):
+        draw = Longer(torch.float32)
+        draw.longer = longer and op.name == "norm_modulate"
+        return requiring_grad(op.bind((), case.args(draw)))
+
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *a: [o * 2 for o in leaves(op.call(*a))], fullgraph=True, dynamic=True, backend=frames)
+    compiled_once = 0
+    for longer in (False, True):
+        a, b = args(longer), args(longer)
+        out, expected = compiled(*a), [o * 2 for o in leaves(op.call(*b))]
+        for o, e in zip(out, expected, strict=True):
+            torch.testing.assert_close(o, e)
+        for x, y in ((a, out), (b, expected)):
+            sum(o.sum() for o in y).backward()
+            del x
+        for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+            if isinstance(x, Tensor) and x.requires_grad and x.grad is not None:
+                torch.testing.assert_close(x.grad, y.grad, equal_nan=True)
+        compiled_once = compiled_once or frames.frame_count
+    assert frames.frame_count == compiled_once, "more rows compiled again"
