@@ -195,6 +195,20 @@ def test_equal_columns_have_no_negative_variance() -> None:
                 assert y.isfinite().all(), (rung, width, mode)
 
 
+@pytest.mark.parametrize("width", [33, 64, 1152, 4100])
+def test_first_columns_unlike_the_row(width) -> None:
+    """A kernel may look at the first columns for a value near the mean; they need not be near it."""
+    x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+    x[:, :32] += torch.tensor([1e1, 1e3, 1e5, -1e7, 0.0])[:, None]
+    x[4, 0] = 1e7
+    exact = torch.nn.functional.layer_norm(x.double(), (width,), eps=1e-6)
+    for rung in _ladder.RUNGS:
+        if _ladder.missing(rung, "norm_modulate", "cpu") is None:
+            with dk.rung(rung):
+                error = (ops.norm_modulate(x) - exact).abs().amax(-1) / exact.abs().amax(-1)
+            assert (error < 1e-6).all(), (rung, error)
+
+
 def test_a_bfloat16_nan_stays_one() -> None:
     """Whatever its payload: rounding must not carry it into an infinity or a number."""
     x = torch.randn(3, 80).bfloat16()

@@ -1,9 +1,8 @@
 // y = ((x - mean) / d * weight + bias) * (1 + scale) + shift over rows of D
 //
-// Idea: weight, bias, scale and shift fold into one pair (a, b) a column, kept in L1 while rows share it; a row is read
-// from memory once, its statistics take two walks over L1 (subtract, then square; the sum of the differences is what
-// rounding left of the mean), and while the
-// statistics leave the memory idle, y's lines are asked for; streaming stores were slower at every size.
+// Idea: weight, bias, scale and shift fold into one pair (a, b) a column, kept in L1 while rows share it. A row is walked
+// twice: for its statistics, about a value near its mean, while y's lines are asked for; then for y, while the next row's
+// lines are. Streaming stores were slower at every size.
 // Takes: x and y float32, float16 or bfloat16, alike; operands of any of these; any strides, any D >= 1.
 // Floor: 2 walks over memory. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
 // csrc/cpu/norm_modulate.cpp
@@ -16,6 +15,7 @@ namespace dk {
 namespace {
 
 constexpr int kColumns = 4096;                  // columns whose (a, b) is kept: 32 KiB
+constexpr int64_t kChain = 1024;                // columns summed before the sum joins the others: long chains lose small terms
 constexpr int64_t kSerialElements = 32 * 1024;  // work below this is not worth a second thread
 
 struct Operand {
@@ -106,62 +106,72 @@ struct Row {
     }
 };
 
-// x - (mean + rest): the mean in two floats, since one float of a large mean is off by more than y may be.
-struct Moments {
-    float mean, rest, divisor;
+// The means over a row of x - center and of its square. Meanwhile y's lines are asked for.
+struct Means {
+    float rest, square;
 };
 
 template <class T, bool kUnit>
-DK_INLINE Moments moments(const Call& c, const Row<T, kUnit>& row, T* y) {
-    const int64_t n = c.columns, pairs = n / kPair * kPair;
-    const int last = static_cast<int>(n - pairs);
-    const float count = static_cast<float>(n);
-    float mean = 0;
-    if (c.center) {
-        F s0 = {}, s1 = {}, s2 = {}, s3 = {};
-        int64_t i = 0;
-        for (; i + 2 * kPair <= n; i += 2 * kPair) {
-            const Pair x = row.at(i), z = row.at(i + kPair);
-            s0 += x.lo, s1 += x.hi, s2 += z.lo, s3 += z.hi;
-        }
-        if (i < pairs) {
-            const Pair x = row.at(i);
-            s0 += x.lo, s1 += x.hi;
-        }
-        if (last) {
-            const Pair x = row.some(pairs, last);
-            s2 += x.lo, s3 += x.hi;
-        }
-        mean = sum((s0 + s1) + (s2 + s3)) / count;
-    }
-    const F center = splat(mean);
-    F d0 = {}, d1 = {}, d2 = {}, d3 = {}, q0 = {}, q1 = {}, q2 = {}, q3 = {};
+Means means(const Row<T, kUnit>& row, int64_t n, float about, T* y) {
+    const int64_t pairs = n / kPair * kPair;
+    const F center = splat(about);
     const auto add = [](F e, F& d, F& q) __attribute__((always_inline)) {
         d += e;
         q = fma(e, e, q);
     };
-    int64_t i = 0;
-    for (; i + 2 * kPair <= n; i += 2 * kPair) {
-        prefetch_for_write(y + i, 2 * kPair * sizeof(T));
-        const Pair x = row.at(i), z = row.at(i + kPair);
-        add(x.lo - center, d0, q0), add(x.hi - center, d1, q1);
-        add(z.lo - center, d2, q2), add(z.hi - center, d3, q3);
+    F d = {}, q = {};
+    for (int64_t from = 0; from < pairs; from += kChain) {
+        const int64_t to = pairs - from < kChain ? pairs : from + kChain;
+        F d0 = {}, d1 = {}, d2 = {}, d3 = {}, q0 = {}, q1 = {}, q2 = {}, q3 = {};
+        int64_t i = from;
+        for (; i + 2 * kPair <= to; i += 2 * kPair) {
+            prefetch_for_write(y + i, 2 * kPair * sizeof(T));
+            const Pair x = row.at(i), z = row.at(i + kPair);
+            add(x.lo - center, d0, q0), add(x.hi - center, d1, q1);
+            add(z.lo - center, d2, q2), add(z.hi - center, d3, q3);
+        }
+        if (i < to) {
+            const Pair x = row.at(i);
+            add(x.lo - center, d0, q0), add(x.hi - center, d1, q1);
+        }
+        d += (d0 + d1) + (d2 + d3);
+        q += (q0 + q1) + (q2 + q3);
     }
-    if (i < pairs) {
-        const Pair x = row.at(i);
-        add(x.lo - center, d0, q0), add(x.hi - center, d1, q1);
-    }
-    if (last) {  // lanes past the end hold zeros, not differences
-        const int lo = last < kLanes ? last : kLanes;
-        const bool natural = !kEvenOdd<T>;
+    if (const int last = static_cast<int>(n - pairs)) {  // lanes past the end hold zeros, not differences
+        const int lo = kEvenOdd<T> ? (last + 1) / 2 : last < kLanes ? last : kLanes;
         const Pair x = row.some(pairs, last);
-        add(first(x.lo - center, natural ? lo : (last + 1) / 2), d2, q2);
-        add(first(x.hi - center, natural ? last - lo : last / 2), d3, q3);
+        F d0 = {}, q0 = {};
+        add(first(x.lo - center, lo), d0, q0), add(first(x.hi - center, last - lo), d0, q0);
+        d += d0, q += q0;
     }
-    const float rest = c.center ? sum((d0 + d1) + (d2 + d3)) / count : 0;
-    const float rounded = sum((q0 + q1) + (q2 + q3)) / count - rest * rest;
+    const float count = static_cast<float>(n);
+    return {sum(d) / count, sum(q) / count};
+}
+
+// x's mean is center + rest, in two floats: one float of a large mean is off by more than y may be.
+struct Moments {
+    float center, rest, divisor;
+};
+
+// One walk, about the mean of the first columns. Where they are not like the row (the mean is further from them than a
+// standard deviation), the squares would cancel, and a second walk goes about the mean that the first has found.
+template <class T, bool kUnit>
+DK_INLINE Moments moments(const Call& c, const Row<T, kUnit>& row, T* y) {
+    float center = 0;
+    if (c.center) {
+        const int some = c.columns < kPair ? static_cast<int>(c.columns) : kPair;
+        const Pair x = some == kPair ? row.at(0) : row.some(0, some);
+        center = sum(x.lo + x.hi) / static_cast<float>(some);
+    }
+    Means m = means(row, c.columns, center, y);
+    if (c.center && 2 * m.rest * m.rest > m.square) {
+        center += m.rest;
+        m = means(row, c.columns, center, y);
+    }
+    if (!c.center) m.rest = 0;
+    const float rounded = m.square - m.rest * m.rest;
     const float ms = rounded < 0 ? 0 : rounded;  // of equal columns; a NaN stays
-    return {mean, rest, c.inside ? __builtin_sqrtf(ms + c.eps) : __builtin_sqrtf(ms) + c.eps};
+    return {center, m.rest, c.inside ? __builtin_sqrtf(ms + c.eps) : __builtin_sqrtf(ms) + c.eps};
 }
 
 template <class T, bool kUnit>
@@ -173,13 +183,13 @@ void normalize(const Call& c, int64_t begin, int64_t end) {
         const T* const next = kUnit && r + 1 < end ? x + c.x_rows.offset(r + 1) : row.p;
         T* const y = static_cast<T*>(c.y.data) + r * c.columns;
         const Moments m = moments(c, row, y);
-        const F mean = splat(m.mean), rstd = splat(1.0f / m.divisor), less = splat(-m.rest / m.divisor);
+        const F center = splat(m.center), rstd = splat(1.0f / m.divisor), less = splat(-m.rest / m.divisor);
         for (int64_t from = 0; from < c.columns; from += kColumns) {
             const int64_t n = c.columns - from < kColumns ? c.columns - from : kColumns;
             affine.prepare(c, r, from, n);
             const auto value = [&](Pair v, int64_t i) __attribute__((always_inline)) {
-                return Pair{fma(fma(v.lo - mean, rstd, less), load(affine.a + i), load(affine.b + i)),
-                            fma(fma(v.hi - mean, rstd, less), load(affine.a + i + kLanes), load(affine.b + i + kLanes))};
+                return Pair{fma(fma(v.lo - center, rstd, less), load(affine.a + i), load(affine.b + i)),
+                            fma(fma(v.hi - center, rstd, less), load(affine.a + i + kLanes), load(affine.b + i + kLanes))};
             };
             // The statistics keep the memory waiting, so the next row is asked for here.
             const auto ahead = [&](int64_t i) __attribute__((always_inline)) { prefetch(next + from + i, kPair * sizeof(T)); };
