@@ -35,7 +35,7 @@ WIDE = ("norm_modulate", "solver_step")  # CUDA kernels that must move 16 bytes 
 GPUS = {"cuda": ("sm_80", "sm_90"), "sm90": ("sm_90a",)}  # by folder of csrc
 
 # Functions whose inner loops go through the stack on purpose: pattern of the demangled name, and why.
-THROUGH_THE_STACK = {r"normalize<.*, false>\(": "rows of any stride are gathered through a line in L1"}
+THROUGH_THE_STACK = {r"(normalize|means)<.*, false>\(": "rows of any stride are gathered through a line in L1"}
 # What is known to be wrong, so that it is not forgotten: an expected failure for as long as it occurs.
 KNOWN_STACK: dict[str, str] = {}
 KNOWN_NARROW: dict[str, str] = {}
