@@ -25,7 +25,7 @@ constexpr int kMaxParams = 32, kMaxViews = 64, kMaxDims = 8;
 // What makes a tensor plain, and how to see into it. Filled once by init(), from Python.
 struct Torch {
     const dlpack::ExchangeAPI* api = nullptr;  // null: the attributes of the Python object are read instead
-    py::object describe, stream, threads, tensor, parameter, is_neg, grad_enabled, forward_ad, requires_grad, dual_level;
+    py::object describe, stream, threads, scratch, tensor, parameter, is_neg, grad_enabled, forward_ad, requires_grad, dual_level;
     std::vector<py::object> modes;  // callables, each falsy while no mode, transform or tracer is in force
 };
 Torch* torch = nullptr;  // leaked on purpose: the interpreter may go first
@@ -175,7 +175,12 @@ const char* Frame::run(const Entry& e, PyObject* out) {
     // In every new thread torch's first look sets OpenMP's number of threads: nothing of torch's may have run here yet.
     static thread_local const py::object* const threads = (torch->threads(), nullptr);
     static_cast<void>(threads);
-    Stream stream{nullptr, device.id};
+    Stream stream{nullptr, device.id, nullptr};
+    if (const int64_t bytes = e.scratch ? e.scratch(values.data()) : 0) {
+        const py::object memory = torch->scratch(bytes, static_cast<int>(device.type), device.id);
+        if (!see(memory)) throw std::runtime_error("no scratch memory");
+        stream.scratch = views[used - 1].data;
+    }
     if (device.type == dlpack::kCUDA) {
         if (!torch->api)
             stream.handle = reinterpret_cast<void*>(torch->stream(device.id).cast<uintptr_t>());
@@ -291,7 +296,8 @@ void init(const py::object& api, py::dict o) {
         if (!table) throw py::error_already_set();
         if (table->header.major == 1 && table->view_from_object) t->api = table;
     }
-    t->describe = o["describe"], t->stream = o["stream"], t->threads = o["threads"], t->tensor = o["tensor"],
+    t->describe = o["describe"], t->stream = o["stream"], t->threads = o["threads"], t->scratch = o["scratch"],
+    t->tensor = o["tensor"],
     t->parameter = o["parameter"];
     t->grad_enabled = o["grad_enabled"], t->forward_ad = o["forward_ad"], t->is_neg = t->tensor.attr("is_neg");
     t->requires_grad = py::str("requires_grad"), t->dual_level = py::str("_current_level");

@@ -5,7 +5,12 @@
 //     Refusal norm_modulate(Stream, View y, View x, Optional scale, ..., Text norm, double eps, Text eps_mode);
 //     DK_ENTRY(norm_modulate, "y x scale shift weight bias norm eps eps_mode")
 //
-// It fills the outputs that it is given and returns nullptr, or touches nothing and says in words why not.
+// It fills the outputs that it is given and returns nullptr, or touches nothing and says in words why not. A kernel that
+// needs memory of its own has a function of the same parameters that says how many bytes, and finds them in the Stream:
+//
+//     int64_t bytes(Stream, View y, ...);
+//     DK_ENTRY_WITH_SCRATCH(norm_backward, "out grad ...", bytes)
+//
 // The same file is compiled once a rung; DK_RUNG names the rung and so the one symbol that the object exports.
 #pragma once
 
@@ -82,6 +87,7 @@ struct Text {
 struct Stream {
     void* handle;    // the current stream of the tensors' device, nullptr on a CPU
     int32_t device;  // its index
+    void* scratch;   // the bytes that the Entry asked for, aligned to 64; nothing is known of what they hold
 };
 
 // nullptr: all of the work is done (on a GPU: launched). Otherwise nothing was touched and the words say why.
@@ -107,6 +113,7 @@ struct Entry {
     const Kind* kinds;
     int32_t count;
     Refusal (*call)(Stream, const Value*);
+    int64_t (*scratch)(const Value*);  // nullptr: none; 0 also where the call will be refused
 };
 
 namespace {
@@ -138,21 +145,25 @@ struct Guard {
 
 template <class F>
 struct Bound;
-template <class... P>
-struct Bound<Refusal (*)(Stream, P...)> {
+template <class R, class... P>
+struct Bound<R (*)(Stream, P...)> {
     static constexpr int count = sizeof...(P);
     static constexpr Kind kinds[] = {Param<P>::kind...};
 
-    template <Refusal (*F)(Stream, P...), size_t... I>
-    static DK_HOST_INLINE Refusal spread(Stream s, const Value* v, std::index_sequence<I...>) {
+    template <R (*F)(Stream, P...), size_t... I>
+    static DK_HOST_INLINE R spread(Stream s, const Value* v, std::index_sequence<I...>) {
         return F(s, Param<P>::get(v[I])...);
     }
-    template <Refusal (*F)(Stream, P...)>
-    static Refusal call(Stream s, const Value* v) {
+    template <R (*F)(Stream, P...)>
+    static R call(Stream s, const Value* v) {
         Guard guard(s.device);
         if (Refusal why = guard.failure()) return why;
         if (Refusal why = spread<F>(s, v, std::index_sequence_for<P...>{})) return why;
         return guard.failure();
+    }
+    template <R (*F)(Stream, P...)>
+    static R bytes(const Value* v) {
+        return spread<F>(Stream{}, v, std::index_sequence_for<P...>{});
     }
 };
 
@@ -161,9 +172,12 @@ struct Bound<Refusal (*)(Stream, P...)> {
 
 #define DK_SYMBOL_(a, b) dk_##a##_##b
 #define DK_SYMBOL(a, b) DK_SYMBOL_(a, b)
-#define DK_ENTRY(op, names)                                                                                                  \
-    extern "C" {                                                                                                             \
-    extern const dk::Entry DK_SYMBOL(DK_RUNG, op);                                                                           \
-    constinit const dk::Entry DK_SYMBOL(DK_RUNG, op) = {                                                                     \
-        #op, names, dk::Bound<decltype(&op)>::kinds, dk::Bound<decltype(&op)>::count, &dk::Bound<decltype(&op)>::call<&op>}; \
+#define DK_DEFINE(op, names, bytes)                                                                                   \
+    extern "C" {                                                                                                      \
+    extern const dk::Entry DK_SYMBOL(DK_RUNG, op);                                                                    \
+    constinit const dk::Entry DK_SYMBOL(DK_RUNG, op) = {                                                              \
+        #op, names, dk::Bound<decltype(&op)>::kinds, dk::Bound<decltype(&op)>::count, &dk::Bound<decltype(&op)>::call<&op>, \
+        bytes};                                                                                                       \
     }
+#define DK_ENTRY(op, names) DK_DEFINE(op, names, nullptr)
+#define DK_ENTRY_WITH_SCRATCH(op, names, f) DK_DEFINE(op, names, &dk::Bound<decltype(&f)>::bytes<&f>)

@@ -15,13 +15,15 @@ class Case:
     """One named call of an op: what tests run and, where `model` names its origin, what the bench times.
 
     `args(draw)` returns the keyword arguments; `draw(*shape)` draws a tensor of the dtype under test, `draw.f32(*shape)`
-    one that is always float32, `draw.index(n)` a 0-dim int32 below n. `eager` is the formula as users write it today.
+    one that is always float32, `draw.index(n)` a 0-dim int32 below n. `eager` is the formula as users write it today;
+    with `backward` the bench also times forward and backward, with the gradient of every input.
     """
 
     name: str
     args: Callable[[Any], dict[str, Any]]
     model: str | None = None
     eager: Callable[..., Any] | None = None
+    backward: bool = False
 
 
 class Draw:

@@ -1,4 +1,4 @@
-"""The gradient of an op without one of its own: the vjp of its body."""
+"""The gradient of an op: the one that it declares, or else the vjp of its body."""
 
 from __future__ import annotations
 
@@ -10,40 +10,51 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    leaves, ctx.spec = pytree.tree_flatten(inputs)
-    ctx.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    ctx.where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    ctx.save_for_backward(*(leaves[i] for i in ctx.where))
+class Gradient:
+    """What torch.library asks an op for: `save` in the forward pass, `backward` after it. See `Op.backward`."""
 
+    def __init__(self, body: Callable) -> None:
+        self.body = body
+        self.own: Callable | None = None
+        self.outputs = False
+        self.unsaved: set[int] = set()
 
-def vjp_of(body: Callable) -> Callable:
-    """The vjp of the op's body: what an op's gradient is until it has a kernel of its own."""
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        kept: Any = [None if i in self.unsaved else value for i, value in enumerate(inputs)]
+        leaves, ctx.spec = pytree.tree_flatten((kept, output if self.outputs else None))
+        ctx.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        ctx.save_for_backward(*(leaves[i] for i in ctx.where))
 
-    def backward(ctx: Any, grads: Any) -> Any:
+    def backward(self, ctx: Any, *grads: Any) -> Any:
         leaves = list(ctx.leaves)
+        for i, saved in zip(ctx.where, ctx.saved_tensors, strict=True):
+            leaves[i] = saved
+        inputs, outputs = pytree.tree_unflatten(leaves, ctx.spec)
+        if self.own is None:
+            return self._vjp(inputs, grads)
+        return self.own(inputs, outputs, pytree.tree_leaves(grads, is_leaf=lambda g: g is None), ctx.needs_input_grad)
+
+    def _vjp(self, inputs: list[Any], grads: Any) -> tuple[Any, ...]:
+        leaves, spec = pytree.tree_flatten(inputs)
         twice = torch.is_grad_enabled()  # create_graph: stay connected to the inputs
+        wanted = []
         with torch.enable_grad():
-            wanted = []
-            for i, saved in zip(ctx.where, ctx.saved_tensors, strict=True):
-                leaf = saved
-                if saved.requires_grad:
-                    leaf = saved.view_as(saved) if twice else saved.detach().requires_grad_()
-                    wanted.append((i, leaf))
-                leaves[i] = leaf
-            outs = pytree.tree_leaves(body(*pytree.tree_unflatten(leaves, ctx.spec)))
-            pairs = [(o, g) for o, g in zip(outs, pytree.tree_leaves(grads), strict=True) if o.requires_grad and g is not None]
+            for i, saved in enumerate(leaves):
+                if isinstance(saved, Tensor) and saved.requires_grad:
+                    leaves[i] = saved.view_as(saved) if twice else saved.detach().requires_grad_()
+                    wanted.append(i)
+            outs = pytree.tree_leaves(self.body(*pytree.tree_unflatten(leaves, spec)))
+            given = pytree.tree_leaves(grads, is_leaf=lambda g: g is None)
+            pairs = [(o, g) for o, g in zip(outs, given, strict=True) if o.requires_grad and g is not None]
             found = torch.autograd.grad(
                 [o for o, _ in pairs],
-                [leaf for _, leaf in wanted],
+                [leaves[i] for i in wanted],
                 [g for _, g in pairs],
                 allow_unused=True,
                 create_graph=twice,
             )
         result: list[Any] = [None] * len(leaves)
-        for (i, _), gradient in zip(wanted, found, strict=True):
+        for i, gradient in zip(wanted, found, strict=True):
             result[i] = gradient
-        spread = pytree.tree_unflatten(result, ctx.spec)
-        return tuple(spread)
-
-    return backward
+        return tuple(pytree.tree_unflatten(result, spec))

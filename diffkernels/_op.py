@@ -1,7 +1,7 @@
 """@op: a Python function whose body is the op's definition becomes an operator.
 
-From the one declaration derive the torch.library schema, the fake kernel (which is the allocator), the fallback gradient
-(the vjp of the body), the eager fast path, and what tests, benchmarks and `diffkernels info` enumerate.
+From the one declaration derive the torch.library schema, the fake kernel (which is the allocator), the gradient (the vjp of
+the body, until `op.backward` declares another), the eager fast path, and what tests, benchmarks and `info` enumerate.
 """
 
 from __future__ import annotations
@@ -49,11 +49,13 @@ class _First(dict[int, Any]):
 class Op:
     """A declared op: see the module's text. `call` is the function that users see."""
 
-    def __init__(self, body: Callable, allocate: Callable, check: Callable, cases: Sequence[Case]) -> None:
+    def __init__(self, body: Callable, allocate: Callable, check: Callable, cases: Sequence[Case], c: float) -> None:
         self.name = body.__name__
         self.body = body
         self.allocate = allocate
         self.cases = tuple(cases)
+        self.c = c
+        self.gradient = _grad.Gradient(body)
         self._check = check
         self.signature = inspect.signature(body)
         parameters = self.signature.parameters.values()
@@ -70,7 +72,7 @@ class Op:
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         qualified = f"diffkernels::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=_library)
-        torch.library.register_autograd(qualified, _grad.vjp_of(body), setup_context=_grad.save, lib=_library)
+        torch.library.register_autograd(qualified, self.gradient.backward, setup_context=self.gradient.save, lib=_library)
         self._overload = getattr(torch.ops.diffkernels, self.name).default
         self._match_native()
         self.call = self._wrap()
@@ -79,6 +81,19 @@ class Op:
     def reference(self, *args: Any) -> Any:
         """The definition, its outputs laid out as the allocator lays them out."""
         return pytree.tree_map(lambda t: t.contiguous(), self.body(*args))
+
+    def backward(self, *, outputs: bool = False, unsaved: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+        """Declares the gradient: `f(inputs, outputs, grads, wanted)` returns a gradient or None for each of the inputs.
+
+        `outputs` says that f reads the op's outputs, `unsaved` names the inputs that it does not read: it gets None there.
+        """
+
+        def declare(f: Callable) -> Callable:
+            self.gradient.own, self.gradient.outputs = f, outputs
+            self.gradient.unsaved = {self.names.index(name) for name in unsaved}
+            return f
+
+        return declare
 
     def check(self, *args: Any) -> None:
         """Raises a TypeError, ValueError or IndexError that names the argument, what was expected and what came."""
@@ -173,13 +188,14 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def op(*, allocate: Callable, check: Callable, cases: Sequence[Case]) -> Callable[[Callable], Callable]:
+def op(*, allocate: Callable, check: Callable, cases: Sequence[Case], c: float = 1.0) -> Callable[[Callable], Callable]:
     """Declares an op; the decorated function's body is its definition (wide accumulation and all).
 
     `allocate(*args)` returns the empty outputs and must be cheap: it runs in every call, and as the fake kernel.
     `check(*args)` raises on invalid arguments: it runs before the reference, in the fake kernel, and once a kernel refused.
+    A kernel's error may be `c` times the body's own in the same dtype.
     """
-    return lambda body: Op(body, allocate, check, cases).call
+    return lambda body: Op(body, allocate, check, cases, c).call
 
 
 def _describe(t: Tensor) -> tuple[Any, ...]:
@@ -196,6 +212,7 @@ _C.init(
         "describe": _describe,
         "stream": lambda device: torch.cuda.current_stream(device).cuda_stream,
         "threads": torch.get_num_threads,
+        "scratch": lambda size, device, index: torch.empty(size, dtype=torch.uint8, device=f"{_DEVICES[device]}:{index}"),
         "tensor": Tensor,
         "parameter": torch.nn.Parameter,
         "grad_enabled": torch.is_grad_enabled,

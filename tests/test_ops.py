@@ -57,7 +57,7 @@ class Zeros(Draw):
 
 class LargeMean(Draw):
     def values(self, shape: tuple[int, ...]) -> Tensor:
-        return 1e4 + super().values(shape)
+        return (100 if self.dtype is torch.float16 else 1e4) + super().values(shape)  # float16 ends at 65504
 
 
 class Integers(Draw):
@@ -154,7 +154,7 @@ def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
     truncates = rung == "triton" and interpreting() and DTYPES[dtype] is torch.bfloat16  # the interpreter; a GPU rounds
     for g, e, r in zip(got, exact, reference, strict=True):
         assert g.is_contiguous()
-        oracle.compare(g, e, r, rms=layout not in ("zeros", "large-mean") and not truncates)
+        oracle.compare(g, e, r, c=op.c, rms=layout not in ("zeros", "large-mean") and not truncates)
     RAN.add((op.name, device, rung))
 
 
@@ -174,6 +174,8 @@ def test_small_integers_are_exact_where_the_definition_is(op, case, device, rung
 def test_nan_and_infinity_stay_in_their_sample(op, case, device, rung) -> None:
     clean = op.bind((), case.args(Draw(torch.float32, device)))
     names = [name for name, _ in op.params]
+    if "x" not in names:
+        pytest.skip("no sample")
     x = clean[names.index("x")]
     if x.ndim < 2 or x.shape[0] < 2 or x.numel() == 0:
         pytest.skip("one sample")
@@ -182,8 +184,9 @@ def test_nan_and_infinity_stay_in_their_sample(op, case, device, rung) -> None:
     x.view(x.shape[0], -1)[0, 0] = torch.nan
     with dk.rung(rung), torch.no_grad():
         before, after = leaves(op.call(*clean)), leaves(op.call(*dirty))
-    for b, a in zip(before, after, strict=True):
-        assert torch.equal(b[1:], a[1:]) and (a[0].isnan().any() or not op.reference(*dirty))
+    for b, a, r in zip(before, after, leaves(op.reference(*dirty)), strict=True):
+        if a.shape[: x.ndim - 1] == x.shape[:-1]:  # the gradient of a shared operand is everybody's
+            assert torch.equal(b[1:], a[1:]) and torch.equal(a[0].isnan(), r[0].isnan())
     x.view(x.shape[0], -1)[0, 0] = torch.inf
     exact = leaves(op.reference(*dirty))
     with dk.rung(rung), torch.no_grad():

@@ -28,7 +28,7 @@ def compare(got: Tensor, exact: Tensor, reference: Tensor, c: float = 1.0, rms: 
     """Raises AssertionError, in words, where `got` is further from float64 than the definition in its own dtype is.
 
     Allowed is `c` times the reference's largest error plus 2 ulp of the largest result, and with `rms` a relative RMS
-    error; NaN and infinities must be where the definition has them. Returns the largest error.
+    error of the dtype's rounding, or `c` times the reference's own where that is more; NaN and infinities must be where the definition has them. Returns the largest error.
     """
     if got.shape != exact.shape or got.dtype != reference.dtype:
         raise AssertionError(f"{got.dtype} {list(got.shape)} instead of {reference.dtype} {list(exact.shape)}")
@@ -49,7 +49,7 @@ def compare(got: Tensor, exact: Tensor, reference: Tensor, c: float = 1.0, rms: 
         raise AssertionError(f"error {error:.3g}, allowed {allowed:.3g} (the definition's own: {own:.3g})")
     norm = exact.square().mean().sqrt().item()
     if rms and norm > 0:
-        relative = (got - exact).square().mean().sqrt().item() / norm
-        if not relative <= RMS[dtype]:
-            raise AssertionError(f"relative RMS error {relative:.3g}, allowed {RMS[dtype]:.3g}")
+        relative, own = ((t - exact).square().mean().sqrt().item() / norm for t in (got, reference))
+        if not relative <= max(RMS[dtype], c * own):
+            raise AssertionError(f"relative RMS error {relative:.3g}, allowed {RMS[dtype]:.3g} (the definition's own: {own:.3g})")
     return error

@@ -34,7 +34,7 @@ def check(op: str, rung: str, device: str) -> tuple[int, str | None]:
                 reference = pytree.tree_leaves(declared.reference(*args))
                 for got, exact, ref in zip(outs, oracle.exact(declared, args), reference, strict=True):
                     truncates = rung == "triton" and _ladder.interpreting() and dtype is torch.bfloat16
-                    oracle.compare(got, exact, ref, rms=not truncates)
+                    oracle.compare(got, exact, ref, c=declared.c, rms=not truncates)
             except (AssertionError, RuntimeError) as error:
                 return done, f"{case.name}, {dtype}: {error}"
             done += 1

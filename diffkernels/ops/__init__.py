@@ -1,6 +1,22 @@
 """The ops. Each is a Python function whose body is its definition; kernels on faster rungs do the same, in one pass."""
 
+from .depthwise_conv2d import depthwise_conv2d
+from .gate_residual_norm import gate_residual_norm
+from .geglu import geglu
+from .norm_backward import norm_backward
 from .norm_modulate import norm_modulate
+from .slice_moments import slice_moments
 from .solver_step import solver_step
+from .td_params import td_params, td_params_backward
 
-__all__ = ["norm_modulate", "solver_step"]
+__all__ = [
+    "depthwise_conv2d",
+    "gate_residual_norm",
+    "geglu",
+    "norm_backward",
+    "norm_modulate",
+    "slice_moments",
+    "solver_step",
+    "td_params",
+    "td_params_backward",
+]

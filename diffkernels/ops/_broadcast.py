@@ -52,3 +52,10 @@ def rows(t: Tensor, x: Tensor) -> tuple[Tensor, int]:
     """Operand `t` as [R, D], and how many consecutive rows of `x` (leading dimensions flattened) share one of its rows."""
     matrix = t.reshape(-1, t.shape[-1])
     return matrix, max(1, x.numel() // max(1, x.shape[-1] * matrix.shape[0]))
+
+
+def gather(values: Tensor, t: Tensor) -> Tensor:
+    """The transpose of `align`: `values`, shaped like x, summed over the rows that share a row of operand `t`; in t's shape."""
+    count = t.numel() // max(1, t.shape[-1])
+    rows = values.reshape(-1, values.shape[-1]) if values.numel() else values.new_zeros(0, t.shape[-1])
+    return rows.reshape(count, len(rows) // max(1, count), t.shape[-1]).sum(1).reshape(t.shape)

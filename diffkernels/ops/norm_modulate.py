@@ -8,27 +8,11 @@ from torch import Tensor
 
 from .._case import Case
 from .._op import empty_like, op
-from . import _broadcast
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
+from . import _broadcast, _norm
+from .norm_backward import norm_backward, unpack
 
 def _check(x, scale, shift, weight, bias, norm, eps, eps_mode):  # type: ignore[no-untyped-def]
-    if x.ndim < 1:
-        raise ValueError(f"x: expected at least one dimension, [..., D]; got shape {list(x.shape)}")
-    for name, t in (("x", x), ("scale", scale), ("shift", shift), ("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
-        if t is not x and not _broadcast.matches(t, x):
-            raise ValueError(f"{name}: expected shape {_broadcast.expected(x)}; got {list(t.shape)}")
-    if norm not in ("layer", "rms"):
-        raise ValueError(f"norm: expected 'layer' or 'rms', got {norm!r}")
-    if eps_mode not in ("inside", "outside"):
-        raise ValueError(f"eps_mode: expected 'inside' or 'outside' (of the root), got {eps_mode!r}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number >= 0, got {eps}")
+    _norm.check(x, norm, eps, eps_mode, scale=scale, shift=shift, weight=weight, bias=bias)
 
 
 def _allocate(x, scale, shift, weight, bias, norm, eps, eps_mode):  # type: ignore[no-untyped-def]
@@ -74,8 +58,14 @@ def _adaln(*shape: int):  # type: ignore[no-untyped-def]
         Case("no-tokens", lambda draw: {"x": draw(2, 0, 16), "scale": draw(2, 16), "shift": draw(2, 16)}),
         Case("wide", lambda draw: {"x": draw(2, 8191), "weight": draw(8191), "norm": "rms"}),
         Case("widest", lambda draw: {"x": draw(1, 66816), "weight": draw(66816), "bias": draw(66816)}),
-        Case("dit-xl-256", _adaln(8, 256, 1152), model="DiT-XL/2 at 256², batch 8", eager=_eager),
+        Case("dit-xl-256", _adaln(8, 256, 1152), model="DiT-XL/2 at 256², batch 8", eager=_eager, backward=True),
         Case("flux-1024", _adaln(1, 4608, 3072), model="FLUX at 1024²", eager=_eager),
+        Case(
+            "dimr-g-cascade",
+            lambda draw: {"x": draw(512, 66816), "weight": draw(66816), "norm": "rms", "eps": 1e-8, "eps_mode": "outside"},
+            model="DiMR-G/2R's widest row, as RMSNorm, 512 tokens",
+            eager=lambda x, weight: x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * 66816**-0.5 + 1e-8) * weight,
+        ),
     ],
 )
 def norm_modulate(
@@ -109,10 +99,7 @@ def norm_modulate(
 
     Source: Ba et al. 2016, eq. 3; Zhang & Sennrich 2019, eq. 4; Peebles & Xie 2023 (adaLN); DiMR (arXiv 2406.09416).
     """
-    h = x.to(torch.promote_types(x.dtype, torch.float32))
-    if norm == "layer":
-        h = h - h.mean(-1, keepdim=True)
-    ms = h.square().mean(-1, keepdim=True)
+    h, ms = _norm.centred(_norm.widen(x), norm)
     h = h * torch.rsqrt(ms + eps) if eps_mode == "inside" else h / (ms.sqrt() + eps)
     if weight is not None:
         h = h * _broadcast.align(weight, x).to(h.dtype)
@@ -123,3 +110,10 @@ def norm_modulate(
     if shift is not None:
         h = h + _broadcast.align(shift, x).to(h.dtype)
     return h.to(x.dtype)
+
+
+@norm_modulate.op.backward()  # type: ignore[attr-defined]
+def _backward(inputs, outputs, grads, wanted):  # type: ignore[no-untyped-def]
+    x, scale, shift, weight, bias, *how = inputs
+    found = norm_backward(grads[0], x, scale, shift, weight, bias, *how, None, None, None, sum(w << i for i, w in enumerate(wanted[:5])))
+    return *unpack(found, wanted[:5]), None, None, None

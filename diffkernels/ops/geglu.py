@@ -1,0 +1,66 @@
+"""GEGLU's gate: gelu(a) · b in one pass (Shazeer 2020)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._case import Case
+from .._op import empty_like, op
+from . import _norm
+
+
+def _check(a, b, approximate):  # type: ignore[no-untyped-def]
+    for name, t in (("a", a), ("b", b)):
+        if t.dtype not in _norm.FLOATS:
+            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
+    if a.ndim < 1:
+        raise ValueError(f"a: expected at least one dimension, got shape {list(a.shape)}")
+    if b.shape != a.shape or b.dtype != a.dtype:
+        raise ValueError(f"b: expected a's shape {list(a.shape)} and dtype {a.dtype}, got {list(b.shape)}, {b.dtype}")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
+
+
+def _allocate(a, b, approximate):  # type: ignore[no-untyped-def]
+    return empty_like(a)
+
+
+@op(
+    allocate=_allocate,
+    check=_check,
+    cases=[
+        Case("two", lambda d: {"a": d(2, 9, 72), "b": d(2, 9, 72)}),
+        Case("halves", lambda d: dict(zip("ab", d(2, 9, 130).chunk(2, dim=-1), strict=True))),
+        Case("tanh", lambda d: {"a": d(3, 65), "b": d(3, 65), "approximate": "tanh"}),
+        Case("tails", lambda d: {"a": 4 * d(7, 33), "b": d(7, 33)}),
+        Case("vector", lambda d: {"a": d(257), "b": d(257)}),
+        Case("no-samples", lambda d: {"a": d(0, 4, 16), "b": d(0, 4, 16)}),
+        Case("no-columns", lambda d: {"a": d(2, 0), "b": d(2, 0)}),
+        Case(
+            "dimr-xl",
+            lambda d: {"a": d(8, 257, 1920), "b": d(8, 257, 1920)},
+            model="DiMR-XL/2R, batch 8",
+            eager=lambda a, b: F.gelu(a) * b,
+        ),
+    ],
+)
+def geglu(a: Tensor, b: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(a) · b.
+
+    Args:
+        a, b: one shape and dtype, [..., D], float32, float16, bfloat16 (or float64, on the reference), any strides: the
+            halves of one Linear's answer are read as they are.
+        approximate: "none", x · Φ(x) by erf (DiMR, U-ViT, diffusers); "tanh" (Gemma, STARFlow).
+
+    Returns:
+        A contiguous tensor of a's shape and dtype; arithmetic is float32, rounded once.
+
+    Raises:
+        TypeError: a dtype outside the list. ValueError: shapes or dtypes that differ, or an unknown `approximate`.
+
+    Source: Shazeer 2020, GLU Variants Improve Transformer; Hendrycks & Gimpel 2016.
+    """
+    h = _norm.widen(a)
+    return (F.gelu(h, approximate=approximate) * b.to(h.dtype)).to(a.dtype)
