@@ -25,7 +25,8 @@ constexpr int kMaxParams = 32, kMaxViews = 64, kMaxDims = 8;
 // What makes a tensor plain, and how to see into it. Filled once by init(), from Python.
 struct Torch {
     const dlpack::ExchangeAPI* api = nullptr;  // null: the attributes of the Python object are read instead
-    py::object describe, stream, threads, scratch, tensor, parameter, is_neg, grad_enabled, forward_ad, requires_grad, dual_level;
+    py::object describe, stream, threads, scratch, tensor, parameter, is_neg, grad_enabled, forward_ad, requires_grad,
+        dual_level;
     std::vector<py::object> modes;  // callables, each falsy while no mode, transform or tracer is in force
 };
 Torch* torch = nullptr;  // leaked on purpose: the interpreter may go first
@@ -297,8 +298,7 @@ void init(const py::object& api, py::dict o) {
         if (table->header.major == 1 && table->view_from_object) t->api = table;
     }
     t->describe = o["describe"], t->stream = o["stream"], t->threads = o["threads"], t->scratch = o["scratch"],
-    t->tensor = o["tensor"],
-    t->parameter = o["parameter"];
+    t->tensor = o["tensor"], t->parameter = o["parameter"];
     t->grad_enabled = o["grad_enabled"], t->forward_ad = o["forward_ad"], t->is_neg = t->tensor.attr("is_neg");
     t->requires_grad = py::str("requires_grad"), t->dual_level = py::str("_current_level");
     for (py::handle mode : o["modes"]) t->modes.push_back(py::reinterpret_borrow<py::object>(mode));

@@ -172,12 +172,12 @@ struct Bound<R (*)(Stream, P...)> {
 
 #define DK_SYMBOL_(a, b) dk_##a##_##b
 #define DK_SYMBOL(a, b) DK_SYMBOL_(a, b)
-#define DK_DEFINE(op, names, bytes)                                                                                   \
-    extern "C" {                                                                                                      \
-    extern const dk::Entry DK_SYMBOL(DK_RUNG, op);                                                                    \
-    constinit const dk::Entry DK_SYMBOL(DK_RUNG, op) = {                                                              \
-        #op, names, dk::Bound<decltype(&op)>::kinds, dk::Bound<decltype(&op)>::count, &dk::Bound<decltype(&op)>::call<&op>, \
-        bytes};                                                                                                       \
+#define DK_DEFINE(op, names, bytes)                                                                                          \
+    extern "C" {                                                                                                             \
+    extern const dk::Entry DK_SYMBOL(DK_RUNG, op);                                                                           \
+    constinit const dk::Entry DK_SYMBOL(DK_RUNG, op) = {                                                                     \
+        #op,  names, dk::Bound<decltype(&op)>::kinds, dk::Bound<decltype(&op)>::count, &dk::Bound<decltype(&op)>::call<&op>, \
+        bytes};                                                                                                              \
     }
 #define DK_ENTRY(op, names) DK_DEFINE(op, names, nullptr)
 #define DK_ENTRY_WITH_SCRATCH(op, names, f) DK_DEFINE(op, names, &dk::Bound<decltype(&f)>::bytes<&f>)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,27 @@ from torch.utils import _pytree as pytree
 
 
 class Gradient:
-    """What torch.library asks an op for: `save` in the forward pass, `backward` after it. See `Op.backward`."""
+    """What torch.library asks an op for: `save` in the forward pass, `backward` after it."""
 
-    def __init__(self, body: Callable) -> None:
+    def __init__(self, body: Callable, names: Sequence[str]) -> None:
         self.body = body
+        self.names = names
         self.own: Callable | None = None
         self.outputs = False
         self.unsaved: set[int] = set()
+
+    def declare(self, *, outputs: bool = False, unsaved: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+        """Decorates the op's own gradient: `f(inputs, outputs, grads, wanted)` returns one, or None, for each of the inputs.
+
+        `outputs` says that f reads the op's outputs, `unsaved` names the inputs that it does not read: they are None there.
+        """
+
+        def declared(f: Callable) -> Callable:
+            self.own, self.outputs = f, outputs
+            self.unsaved = {self.names.index(name) for name in unsaved}
+            return f
+
+        return declared
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         kept: Any = [None if i in self.unsaved else value for i, value in enumerate(inputs)]

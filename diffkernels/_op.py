@@ -55,7 +55,6 @@ class Op:
         self.allocate = allocate
         self.cases = tuple(cases)
         self.c = c
-        self.gradient = _grad.Gradient(body)
         self._check = check
         self.signature = inspect.signature(body)
         parameters = self.signature.parameters.values()
@@ -65,6 +64,8 @@ class Op:
         defaults = tuple(self.optional.values())
         self.tails = {len(self.names) - n: defaults[len(defaults) - n :] for n in range(len(defaults) + 1)}
         self.returns = _KINDS[str(self.signature.return_annotation)]
+        self.gradient = _grad.Gradient(body, self.names)
+        self.backward = self.gradient.declare
 
         # PyTorch drops arguments that equal their default on the way to a Python kernel: the schema has none.
         schema = ", ".join(f"{kind} {name}" for name, kind in self.params)
@@ -81,19 +82,6 @@ class Op:
     def reference(self, *args: Any) -> Any:
         """The definition, its outputs laid out as the allocator lays them out."""
         return pytree.tree_map(lambda t: t.contiguous(), self.body(*args))
-
-    def backward(self, *, outputs: bool = False, unsaved: Sequence[str] = ()) -> Callable[[Callable], Callable]:
-        """Declares the gradient: `f(inputs, outputs, grads, wanted)` returns a gradient or None for each of the inputs.
-
-        `outputs` says that f reads the op's outputs, `unsaved` names the inputs that it does not read: it gets None there.
-        """
-
-        def declare(f: Callable) -> Callable:
-            self.gradient.own, self.gradient.outputs = f, outputs
-            self.gradient.unsaved = {self.names.index(name) for name in unsaved}
-            return f
-
-        return declare
 
     def check(self, *args: Any) -> None:
         """Raises a TypeError, ValueError or IndexError that names the argument, what was expected and what came."""

@@ -151,10 +151,13 @@ def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
         got = leaves(op.call(*args))
     assert guarded.intact(), "wrote outside of its outputs"
     assert len(got) == len(exact)
+    own = oracle.own_error(exact, reference) if op.c > 1 and layout == "drawn" else 0.0  # a gradient's
     truncates = rung == "triton" and interpreting() and DTYPES[dtype] is torch.bfloat16  # the interpreter; a GPU rounds
     for g, e, r in zip(got, exact, reference, strict=True):
         assert g.is_contiguous()
-        oracle.compare(g, e, r, c=op.c, rms=layout not in ("zeros", "large-mean") and not truncates)
+        if layout == "large-mean" and e.numel() and (r.double() - e).abs().max() > 0.1 * e.abs().max():
+            continue  # all cancelled: the definition itself has no digit left to compare with
+        oracle.compare(g, e, r, c=op.c, own=own, rms=layout not in ("zeros", "large-mean") and not truncates)
     RAN.add((op.name, device, rung))
 
 
@@ -246,7 +249,7 @@ def test_gradient(op, case, dtype) -> None:
     exact = gradients(op.body(*wide), inputs(wide), weights)
     own = gradients(op.body(*args), inputs(args), weights)
     for g, e, o in zip(got, exact, own, strict=True):
-        oracle.compare(g, e, o, c=3.0, rms=False)
+        oracle.compare(g, e, o, c=3.0, rms=False, own=oracle.own_error(exact, own))
 
 
 @pytest.mark.parametrize(("op", "case"), differentiable())

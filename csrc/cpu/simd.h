@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "../op.h"
 
@@ -158,6 +159,21 @@ DK_INLINE Pair in_order(F lo, F hi, bf16) {
 #endif
 }
 
+// A pair in T's order, as it lies.
+template <class T>
+DK_INLINE Pair as_it_lies(Pair v, T) {
+    return v;
+}
+DK_INLINE Pair as_it_lies(Pair v, bf16) {
+#if defined(__AVX512F__)
+    return {__builtin_shufflevector(v.lo, v.hi, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+            __builtin_shufflevector(v.lo, v.hi, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+#else
+    return {__builtin_shufflevector(v.lo, v.hi, 0, 8, 1, 9, 2, 10, 3, 11),
+            __builtin_shufflevector(v.lo, v.hi, 4, 12, 5, 13, 6, 14, 7, 15)};
+#endif
+}
+
 DK_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 template <class T>
 DK_INLINE void store(T* p, F v) {
@@ -179,6 +195,14 @@ template <class T>
 DK_INLINE void store_pair(T* p, Pair v) {
     store(p, v.lo);
     store(p + kLanes, v.hi);
+}
+
+// The first n of a pair's elements.
+template <class T>
+DK_INLINE void store_some(T* p, Pair v, int n) {
+    T line[kPair];
+    store_pair(line, v);
+    std::memcpy(p, line, n * sizeof(T));
 }
 
 // Past the caches, for results larger than them; the address is a multiple of the vector's size.
@@ -212,6 +236,30 @@ DK_INLINE F first(F v, int n) {
     I lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
     return choose(lane < n, v, F{});
+}
+
+// Nearly 1 ulp in [-87, 88]; below and above, the values at these ends. A NaN stays one.
+DK_INLINE F exp(F x) {
+    x = choose(x < -87.0f, splat(-87.0f), choose(x > 88.0f, splat(88.0f), x));
+    const F magic = splat(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
+    const F n = fma(x, splat(0x1.715476p0f), magic) - magic;
+    const F r = fma(n, splat(-0x1.7f7d1cp-20f), fma(n, splat(-0x1.62e4p-1f), x));  // ln 2 in two floats
+    F p = splat(1.0f / 5040);
+    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, splat(c));
+    const F whole = choose(n == n, n, F{});
+    return p * bit_cast<F>((__builtin_convertvector(whole, I) + 127) << 23);
+}
+
+// x P(x²) / Q(x²), a minimax fit on [-3.92, 3.92], 1.6e-8 from erf; beyond, erf rounds to ±1.
+DK_INLINE F erf(F x) {
+    x = choose(x < -3.92f, splat(-3.92f), choose(x > 3.92f, splat(3.92f), x));
+    const F z = x * x;
+    F p = splat(2.034669706e-06f), q = splat(3.806895984e-05f);
+    for (const float c : {2.874604834e-04f, 3.867935389e-03f, 5.305927619e-02f, 1.927563250e-01f, 1.128378987f})
+        p = fma(p, z, splat(c));
+    for (const float c : {1.188000431e-03f, 1.517153252e-02f, 1.150812507e-01f, 5.041575432e-01f, 1.0f})
+        q = fma(q, z, splat(c));
+    return x * p / q;
 }
 
 DK_INLINE float sum(F v) {

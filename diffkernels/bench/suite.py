@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +45,46 @@ def cases(ops: list[str] | None = None, dtypes: list[str] | None = None) -> list
     ]
 
 
-def run(op: Op, case: Case, dtype: str, rung: str | None = None, seconds: float = 2.0) -> dict[str, Any]:
-    """One row: microseconds and GB/s of ours, the ratio to each peer with its interval, and the error against float64."""
+def run(
+    op: Op, case: Case, dtype: str, rung: str | None = None, seconds: float = 2.0, backward: bool = False
+) -> dict[str, Any]:
+    """One row: microseconds and GB/s of ours, the ratio to each peer with its interval, and the error against float64.
+
+    With `backward`: of the op and the gradients of all its inputs, as a training step calls them.
+    """
     kwargs = case.args(Draw(DTYPES[dtype]))
+    if backward:
+        kwargs = {name: a.detach().requires_grad_() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
     args = op.bind((), kwargs)
-    peers = _peers(case, kwargs)
-    moved = _bytes(args) + sum(t.numel() * t.element_size() for t in pytree.tree_leaves(op.call(*args)))
+    inputs = [a for a in args if isinstance(a, Tensor)]
+    with torch.no_grad():
+        outs = pytree.tree_leaves(op.call(*args))
+        grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o.dtype) for o in outs]
+
+    def timed(call: Callable[[], Any]) -> Callable[[], Any]:
+        return (lambda: torch.autograd.grad(pytree.tree_leaves(call()), inputs, grads)) if backward else call
+
+    moved = _bytes(args) + _bytes(outs)
+    moved += 2 * _bytes(args) + _bytes(outs) if backward else 0  # grads and inputs read, their gradients written
     half = torch.zeros(moved // 2, dtype=torch.uint8)
     other = torch.empty_like(half)
 
-    with _ladder.rung(rung) if rung else contextlib.nullcontext(), torch.no_grad():
-        contenders = {"ours": lambda: op.call(**kwargs), **peers, "copy": lambda: other.copy_(half)}
-        timing = measure(contenders, seconds)
-        got = pytree.tree_leaves(op.call(*args))
+    with _ladder.rung(rung) if rung else contextlib.nullcontext(), torch.set_grad_enabled(backward):
+        peers = {name: timed(peer) for name, peer in _peers(case, kwargs).items()}
+        ours = timed(lambda: op.call(**kwargs))
+        timing = measure({"ours": ours, **peers, "copy": lambda: other.copy_(half)}, seconds)
+        got = pytree.tree_leaves(ours())
         here = _ladder.running(op.name)
-    exact = oracle.exact(op, args)
-    row = {
-        "op": op.name,
+        exact = oracle.exact(op, args)
+        if backward:
+            exact = list(torch.autograd.grad(exact, inputs, [g.double() for g in grads]))
+    row: dict[str, Any] = {
+        "op": op.name + (" and its gradients" if backward else ""),
         "case": case.name,
         "model": case.model,
         "dtype": dtype,
         "rung": here,
-        "shape": list(kwargs["x"].shape),
+        "shape": list(inputs[0].shape),
         "us": timing.median("ours") * 1e6,
         "us_p10_p90": [t * 1e6 for t in timing.spread("ours")],
         "bytes": moved,
@@ -120,8 +138,10 @@ def _bytes(args: Any) -> int:
     return sum(t.numel() * t.element_size() for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
 
 
-def _worst(got: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest error, relative to the largest result."""
+def _worst(got: list[Tensor], exact: list[Tensor]) -> float | None:
+    """The largest error, relative to the largest result; None where a peer's answer is cut in other pieces."""
+    if [g.shape for g in got] != [e.shape for e in exact]:
+        return None
     return max(((g.double() - e).abs().max() / e.abs().max()).item() for g, e in zip(got, exact, strict=True))
 
 
@@ -194,3 +214,5 @@ def all_rows(chosen: list[tuple[Op, Case, str]], rung: str | None, seconds: floa
     yield overhead(seconds)
     for op, case, dtype in chosen:
         yield run(op, case, dtype, rung, seconds)
+        if case.backward:
+            yield run(op, case, dtype, rung, seconds, backward=True)

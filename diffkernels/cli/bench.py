@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             with console.status("measuring") as status:
                 for row in suite.all_rows(chosen, args.rung, args.seconds):
                     rows.append(row)
-                    status.update(f"measuring: {len(rows)} of {len(chosen) + 1} rows done")
+                    status.update(f"measuring: {len(rows)} rows done")
         except KeyboardInterrupt:
             stopped = True
         if args.json:
@@ -92,6 +92,6 @@ def _table(rows: list[dict[str, Any]]) -> None:
             times("eager"),
             times("compile"),
             f"{row['error']:.1e}" if timed else "",
-            f"{peers['eager']['error']:.1e}" if timed and "eager" in peers else "",
+            f"{peers['eager']['error']:.1e}" if peers.get("eager", {}).get("error") is not None else "",
         )
     Console(highlight=False, width=150 if not sys.stdout.isatty() else None).print(table)

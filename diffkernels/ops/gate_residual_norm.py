@@ -9,7 +9,7 @@ from torch import Tensor
 from .._case import Case
 from .._op import empty_like, op
 from . import _broadcast, _norm
-from .norm_backward import norm_backward, unpack
+from .norm_backward import bits, norm_backward, unpack
 from .norm_modulate import norm_modulate
 
 
@@ -113,10 +113,9 @@ def _backward(inputs, outputs, grads, wanted):  # type: ignore[no-untyped-def]
     order = (wanted[0] or (wanted[1] and gate is None), *wanted[3:7], wanted[1] and gate is not None, wanted[2])
     if grad is None:
         grad = torch.zeros_like(x_new)
-    found = norm_backward(
-        grad, x_new, scale, shift, weight, bias, *how, residual, delta, gate, sum(w << i for i, w in enumerate(order))
-    )
+    found = norm_backward(grad, x_new, scale, shift, weight, bias, *how, residual, delta, gate, bits(order))
     dx, *affine, d_delta, d_gate = unpack(found, order)
     if gate is None and wanted[1]:
+        assert dx is not None
         d_delta = dx.to(delta.dtype)
     return dx if wanted[0] else None, d_delta, d_gate, *affine, None, None, None

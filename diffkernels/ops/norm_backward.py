@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ def unpack(found: Sequence[Tensor], wanted: Sequence[bool]) -> Iterator[Tensor |
     """The gradients that were found, None for those that were not wanted."""
     gradients = iter(found)
     return (next(gradients) if w else None for w in wanted)
+
+
+def bits(wanted: Iterable[bool]) -> int:
+    """The argument `wanted`."""
+    return sum(int(w) << i for i, w in enumerate(wanted))
 
 
 def _case(name: str, *shape: int, wanted: int = 0b11111, **rest):  # type: ignore[no-untyped-def]

@@ -9,7 +9,8 @@ from torch import Tensor
 from .._case import Case
 from .._op import empty_like, op
 from . import _broadcast, _norm
-from .norm_backward import norm_backward, unpack
+from .norm_backward import bits, norm_backward, unpack
+
 
 def _check(x, scale, shift, weight, bias, norm, eps, eps_mode):  # type: ignore[no-untyped-def]
     _norm.check(x, norm, eps, eps_mode, scale=scale, shift=shift, weight=weight, bias=bias)
@@ -115,5 +116,5 @@ def norm_modulate(
 @norm_modulate.op.backward()  # type: ignore[attr-defined]
 def _backward(inputs, outputs, grads, wanted):  # type: ignore[no-untyped-def]
     x, scale, shift, weight, bias, *how = inputs
-    found = norm_backward(grads[0], x, scale, shift, weight, bias, *how, None, None, None, sum(w << i for i, w in enumerate(wanted[:5])))
+    found = norm_backward(grads[0], x, scale, shift, weight, bias, *how, None, None, None, bits(wanted[:5]))
     return *unpack(found, wanted[:5]), None, None, None
