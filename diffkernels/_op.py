@@ -140,7 +140,11 @@ class Op:
             if kwargs or len(args) != count:
                 args = bind(args, kwargs)
             if not compiling():
-                out = attempt(first if forced() is None else _NOTHING, self.allocate, *args)
+                try:
+                    out = attempt(first if forced() is None else _NOTHING, self.allocate, *args)
+                except Exception:
+                    self.check(*args)  # the allocator met what it can't: the check's words say what
+                    raise
                 if type(out) is not int:
                     return out
                 if out:  # plain, but forced or refused
