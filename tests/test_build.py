@@ -31,14 +31,10 @@ FRAME_LINES = 430  # _op.py + _ladder.py
 BORDER_LINES = 590  # op.h + dispatch.h + bindings.cpp
 FILE_BYTES = 2_500_000  # of anything in git
 
-WIDE = ("norm_modulate", "solver_step")  # CUDA kernels that must move 16 bytes an instruction
 GPUS = {"cuda": ("sm_80", "sm_90"), "sm90": ("sm_90a",)}  # by folder of csrc
 
 # Functions whose inner loops go through the stack on purpose: pattern of the demangled name, and why.
 THROUGH_THE_STACK = {r"(normalize|means)<.*, false>\(": "rows of any stride are gathered through a line in L1"}
-# What is known to be wrong, so that it is not forgotten: an expected failure for as long as it occurs.
-KNOWN_STACK: dict[str, str] = {}
-KNOWN_NARROW: dict[str, str] = {}
 
 needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason="csrc is not beside the tests")
 pytestmark = needs_sources
@@ -244,10 +240,7 @@ def test_inner_loops_stay_in_registers(objects, rung, op) -> None:
     loops = list(hot_loops(objects[rung, source].result()))
     assert loops, "no loop was found: the test sees nothing"
     spilled = [(f, s) for f, s in loops if s and not any(re.search(p, f) for p in THROUGH_THE_STACK)]
-    known = [why for f, _ in spilled for p, why in KNOWN_STACK.items() if re.search(p, f)]
-    assert len(spilled) == len(known), "\n".join(f"{f}\n    " + "\n    ".join(s) for f, s in spilled)
-    if known:
-        pytest.xfail(known[0])
+    assert not spilled, "\n".join(f"{f}\n    " + "\n    ".join(s) for f, s in spilled)
 
 
 @x86
@@ -305,14 +298,9 @@ def test_cuda_kernels_do_not_spill(cubins, source, arch) -> None:
 
 @cuda_files
 def test_cuda_kernels_move_16_bytes_an_instruction(cubins, source, arch) -> None:
-    if Path(source).stem not in WIDE:
-        pytest.skip("walks no rows of plain floats")
     sass = cubins[source, arch].result().sass
-    assert re.search(r"\bLDG\.E(?:\.\w+)*\.128\b", sass)
-    if not re.search(r"\bSTG\.E(?:\.\w+)*\.128\b", sass):
-        why = KNOWN_NARROW.get(Path(source).stem)
-        assert why, "no store of 16 bytes"
-        pytest.xfail(why)
+    for move in ("LDG", "STG"):
+        assert re.search(rf"\b{move}\.E(?:\.\w+)*\.128\b", sass), f"no {move} of 16 bytes"
 
 
 # The compile line that every kernel file's first comment names

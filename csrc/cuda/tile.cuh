@@ -71,25 +71,70 @@ __device__ __forceinline__ void store(T* p, const float (&in)[kCount]) {
         *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
 }
 
-// Each v[n] becomes its sum over kThreads consecutive threads, in every one of them, in one fixed order.
-template <int kThreads, int kCount>
+// To a tensor of any of the three dtypes, from element `at` on.
+template <int kCount>
+__device__ __forceinline__ void emit(void* out, DType dtype, int64_t at, const float (&v)[kCount]) {
+    if (dtype == DType::f32) {
+        constexpr int kStep = kCount < 4 ? kCount : 4;
+#pragma unroll
+        for (int first = 0; first < kCount; first += kStep) {
+            float t[kStep];
+#pragma unroll
+            for (int i = 0; i < kStep; ++i) t[i] = v[first + i];
+            store(static_cast<float*>(out) + at + first, t);
+        }
+    } else if (dtype == DType::f16) {
+        store(static_cast<__half*>(out) + at, v);
+    } else {
+        store(static_cast<__nv_bfloat16*>(out) + at, v);
+    }
+}
+
+// 16 bytes as they lie: what is held for later. Of a 16-bit dtype the elements of a struct would take a register each.
+__device__ __forceinline__ void unpack(const uint4& raw, float (&out)[4], float) {
+    out[0] = __uint_as_float(raw.x), out[1] = __uint_as_float(raw.y);
+    out[2] = __uint_as_float(raw.z), out[3] = __uint_as_float(raw.w);
+}
+__device__ __forceinline__ void unpack(const uint4& raw, float (&out)[8], __nv_bfloat16) {
+    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        out[2 * i] = __uint_as_float(pairs[i] << 16);
+        out[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+}
+__device__ __forceinline__ void unpack(const uint4& raw, float (&out)[8], __half) {
+    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        out[2 * i] = __half2float(__ushort_as_half(static_cast<unsigned short>(pairs[i] & 0xffffu)));
+        out[2 * i + 1] = __half2float(__ushort_as_half(static_cast<unsigned short>(pairs[i] >> 16)));
+    }
+}
+
+// Each v[n] becomes its sum over kThreads consecutive threads, in every one of them, in one fixed order. More than a warp: the
+// whole block of kAll threads is here. Without kFence: since the last sum of so many values there was another barrier.
+template <int kThreads, int kAll = kThreads, bool kFence = true, int kCount>
 __device__ __forceinline__ void sum(float (&v)[kCount]) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n)
 #pragma unroll
         for (int offset = 16; offset > 0; offset /= 2) v[n] += __shfl_xor_sync(0xffffffffu, v[n], offset);
-    if constexpr (kThreads > 32) {  // then the row has the block to itself
-        __shared__ float partial[kCount][kThreads / 32];
-        __syncthreads();  // the previous sum has been read
+    if constexpr (kThreads > 32) {
+        constexpr int kWarps = kThreads / 32;
+        __shared__ float partial[kCount][kAll / 32];
+        const int warp = threadIdx.x / 32;
+        if constexpr (kFence) __syncthreads();  // the previous sum has been read
         if (threadIdx.x % 32 == 0)
 #pragma unroll
-            for (int n = 0; n < kCount; ++n) partial[n][threadIdx.x / 32] = v[n];
+            for (int n = 0; n < kCount; ++n) partial[n][warp] = v[n];
         __syncthreads();
 #pragma unroll
         for (int n = 0; n < kCount; ++n) {
+            const float* const own = partial[n] + (kThreads == kAll ? 0 : warp / kWarps * kWarps);
             v[n] = 0;
 #pragma unroll
-            for (int i = 0; i < kThreads / 32; ++i) v[n] += partial[n][i];
+            for (int i = 0; i < kWarps; ++i) v[n] += own[i];
         }
     }
 }
