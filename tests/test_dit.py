@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,8 +49,9 @@ def error(got: Tensor, expected: Tensor) -> float:
 def test_official_numbers(rung: str) -> None:
     if not GOLDEN.is_file():
         pytest.skip(f"no golden vectors: {GOLDEN} is not there and DIFFKERNELS_GOLDEN names no other place")
-    if why := _ladder.missing(rung, "norm_modulate", "cpu"):
-        pytest.skip(why)
+    for op in ("norm_modulate", "gate_residual_norm"):
+        if why := _ladder.missing(rung, op, "cpu"):
+            pytest.skip(f"{op}: {why}")
     with safe_open(GOLDEN, framework="pt") as file:
         config = {k: json.loads(v) for k, v in file.metadata().items() if k not in ("arch", "note")}
     golden = load_file(GOLDEN)
@@ -81,6 +83,48 @@ def test_new_model_answers_zero() -> None:
     assert not DiT(**TINY).eval()(*inputs()).any()
 
 
+def test_block_is_the_papers() -> None:
+    """Two blocks and the final norm, residuals and norms in one pass, beside the same in plain PyTorch."""
+    model, (x, t, y) = tiny(), inputs()
+    with torch.no_grad():
+        h = model.x_embedder(x) + model.pos_embed
+        c = F.silu(model.t_embedder(t) + model.y_embedder(y))
+        for block in model.blocks:
+            m = block.adaLN_modulation[1](c).unsqueeze(1).chunk(6, dim=-1)
+            for branch, (shift, scale, gate) in ((block.attn, m[:3]), (block.mlp, m[3:])):
+                h = h + gate * branch(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        shift, scale = model.final_layer.adaLN_modulation[1](c).unsqueeze(1).chunk(2, dim=-1)
+        h = model.final_layer.linear(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+        assert error(model(x, t, y), model._unpatchify(h)) <= 1e-5
+
+
+def test_modulations_are_one_product() -> None:
+    """All blocks' adaLN weights lie in one buffer; training, and a layer that was exchanged, go layer by layer."""
+    model = tiny()
+    exact = model(*inputs())  # in grad mode
+    layers = [m.adaLN_modulation[1] for m in (*model.blocks, model.final_layer)]
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 3
+    with torch.no_grad():
+        assert error(model(*inputs()), exact) <= 1e-6
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    other = Doubled(24, 144)
+    other.load_state_dict(layers[1].state_dict())
+    model.blocks[1].adaLN_modulation[1] = other
+    with torch.no_grad():
+        changed = model(*inputs())
+    assert error(changed, model(*inputs())) <= 1e-6 and error(changed, exact) > 1e-3
+
+
+def test_properties() -> None:
+    model = tiny()
+    assert (model.labels, model.null_class, model.sample_shape) == (5, 5, (3, 4, 4))
+
+
 def test_gradient_reaches_every_parameter() -> None:
     model = tiny()
     x, t, y = inputs()
@@ -107,7 +151,7 @@ def test_compiled_is_eager() -> None:
     model = tiny(depth=1)
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs()), model(*inputs()), rtol=1e-5, atol=1e-5)
+        assert error(compiled(*inputs()), model(*inputs())) <= 1e-5
 
 
 def test_half_precision_follows_float32() -> None:
@@ -301,7 +345,7 @@ def test_configurations_that_do_not_fit(tmp_path: Path) -> None:
 def test_training_example_is_seeded(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn holds the digits")
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "train_digits.py"))
-    (first, about), (second, _), (other, _) = (example["train"](3, seed) for seed in (0, 0, 1))
+    (first, about), (second, _), (other, _) = (example["train"]("dit", 3, seed) for seed in (0, 0, 1))
     a, b, c = (model.state_dict()["blocks.0.attn.qkv.weight"] for model in (first, second, other))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert first.final_layer.linear.weight.any()  # it learnt: as built this is zero

@@ -22,8 +22,9 @@ FORMAT = 1
 KEY = "diffkernels"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-TRAINING_ONLY = ("class_dropout_prob",)  # that there is a null class shows in the shapes
-_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
+# That there is a null class shows in the shapes.
+TRAINING_ONLY = ("class_dropout_prob", "dropout_prob", "block_grad_to_lowres")
+_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list[dict]": list}
 
 M = TypeVar("M", bound=type[nn.Module])
 ARCHITECTURES: dict[str, type[nn.Module]] = {}
@@ -164,8 +165,8 @@ def _build(path: Path, metadata: Mapping[str, str], names: set[str]) -> nn.Modul
         kind = str(parameters[key].annotation)
         if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):  # type: ignore[arg-type]
             raise CheckpointError(f"{path}: config: {key}: expected {kind}, got {value!r}")
-    if config.get("depth", 0) > len(names):
-        raise CheckpointError(f"{path}: config: depth {config['depth']}, but the file holds {len(names)} tensors")
+    if (depth := _depth(config)) > len(names):
+        raise CheckpointError(f"{path}: config: depth {depth}, but the file holds {len(names)} tensors")
     try:
         with torch.device("meta"):
             return ARCHITECTURES[arch](**config)
@@ -173,13 +174,26 @@ def _build(path: Path, metadata: Mapping[str, str], names: set[str]) -> nn.Modul
         raise CheckpointError(f"{path}: config: {error}") from error
 
 
+def _depth(config: Mapping[str, Any]) -> int:
+    """How many blocks a configuration asks for: too many would take for ever even on the meta device."""
+    stages = [stage.get("num_blocks", 0) for stage in config.get("stages", []) if isinstance(stage, dict)]
+    return config.get("depth", 0) + sum(n for n in stages if isinstance(n, int))
+
+
+def _lasting(value: Any) -> Any:
+    """A configuration's value without what matters in training only."""
+    if isinstance(value, dict):
+        return {k: _lasting(v) for k, v in value.items() if k not in TRAINING_ONLY}
+    return [_lasting(v) for v in value] if isinstance(value, list) else value
+
+
 def _same(path: Path, found: Mapping[str, Any], model: nn.Module) -> None:
     """What shapes can't show, such as the number of heads, would load without a word and answer nonsense."""
     arch, config = type(model).__name__, getattr(model, "config", {})
     if found.get("arch") != arch:
         raise CheckpointError(f"{path}: expected arch {arch!r}, got {found.get('arch')!r}")
-    for key, value in found["config"].items():
-        if key not in TRAINING_ONLY and config.get(key) != value:
+    for key, value in _lasting(found["config"]).items():
+        if _lasting(config.get(key)) != value:
             raise CheckpointError(f"{path}: config: {key}: expected the model's {config.get(key)!r}, got {value!r}")
 
 

@@ -2,42 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn import Attention, LabelEmbedder, Mlp, PatchEmbed, TimestepEmbedder, sincos_2d
+from ..nn import (
+    AdaLayerNorm,
+    AdaLayerNormZero,
+    Attention,
+    LabelEmbedder,
+    Mlp,
+    PatchEmbed,
+    StackedLinear,
+    TimestepEmbedder,
+    sincos_2d,
+)
+from ._inputs import check_inputs
 from .checkpoint import architecture
 
 
 class DiTBlock(nn.Module):
-    """x += g1 · attn(adaLN(x)); x += g2 · mlp(adaLN(x)), with shift, scale and gate of both from c. [B, N, D], [B, D]."""
+    """x += g1 · attn(adaLN(x)); x += g2 · mlp(adaLN(x)), with shift, scale and gate of both from c.
+
+    Each residual is added in the pass of the norm that follows it, so a block begins behind its first norm and ends behind
+    the next block's.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.attn = Attention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = AdaLayerNormZero(hidden_size)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # views: the op reads strides
-        x = torch.addcmul(x, gate1.unsqueeze(1), self.attn(ops.norm_modulate(x, scale1, shift1)))
-        return torch.addcmul(x, gate2.unsqueeze(1), self.mlp(ops.norm_modulate(x, scale2, shift2)))
+    def forward(self, x: Tensor, h: Tensor, own: Sequence[Tensor], scale: Tensor, shift: Tensor) -> list[Tensor]:
+        """One block.
+
+        Args:
+            x: [B, N, D], the residual stream. h: its norm, modulated by this block's first shift and scale.
+            own: the block's six modulations, [B, D] each, as `adaLN_modulation` orders them.
+            scale, shift: [B, D], of the norm that follows the block.
+
+        Returns:
+            x and h for what follows.
+        """
+        _, _, gate1, shift2, scale2, gate2 = own
+        x, h = ops.gate_residual_norm(x, self.attn(h), gate1, scale2, shift2)
+        return ops.gate_residual_norm(x, self.mlp(h), gate2, scale, shift)
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then the linear map of each token to its patch: [B, N, D], [B, D] -> [B, N, p·p·C]."""
+    """The linear map of each token to its patch, behind adaLN: [B, N, D] -> [B, N, p·p·C]."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = AdaLayerNorm(hidden_size)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(ops.norm_modulate(x, scale, shift))
+    def forward(self, h: Tensor) -> Tensor:
+        """h is the modulated norm: the last block has made it."""
+        return self.linear(h)
 
 
 @architecture
@@ -96,6 +123,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_2d(hidden_size, grid).unsqueeze(0), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._modulations = StackedLinear()
         self._initialise()
 
     def _initialise(self) -> None:
@@ -114,6 +142,16 @@ class DiT(nn.Module):
         """The label that stands for no label, or None where the model was built without label dropout."""
         return self.config["num_classes"] if self.config["class_dropout_prob"] > 0 else None
 
+    @property
+    def labels(self) -> int:
+        """How many labels there are: 0 to labels - 1; the null class is not one."""
+        return self.config["num_classes"]
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a sample."""
+        return self.config["in_channels"], self.config["input_size"], self.config["input_size"]
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The prediction for noisy `x` at timesteps `t` with labels `y`.
 
@@ -128,18 +166,18 @@ class DiT(nn.Module):
         Raises:
             ValueError: x, t or y of another shape.
         """
-        b, side = x.shape[0], self.config["input_size"]
-        if x.ndim != 4 or tuple(x.shape[1:]) != (self.config["in_channels"], side, side):
-            raise ValueError(f"x: expected shape [B, {self.config['in_channels']}, {side}, {side}], got {list(x.shape)}")
-        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, b)):
-            raise ValueError(f"t: expected shape [{b}], [1] or [], got {list(t.shape)}")
-        if y.shape != (b,):
-            raise ValueError(f"y: expected shape [{b}], got {list(y.shape)}")
-        h = self.x_embedder(x) + self.pos_embed
+        check_inputs(x, t, y, self.sample_shape)
+        b = x.shape[0]
+        tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t.expand(b)) + self.y_embedder(y)
-        for block in self.blocks:
-            h = block(h, c)
-        return self._unpatchify(self.final_layer(h, c))
+        layers: list[nn.Module] = [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]  # type: ignore
+        *mine, last = self._modulations(layers, F.silu(c))
+        blocks = [m.chunk(6, dim=-1) for m in mine]  # views: the op reads strides
+        after = [*(m[:2] for m in blocks[1:]), last.chunk(2, dim=-1)]  # shift and scale of the norm behind each block
+        h = ops.norm_modulate(tokens, blocks[0][1], blocks[0][0])
+        for block, own, (shift, scale) in zip(self.blocks, blocks, after, strict=True):
+            tokens, h = block(tokens, h, own, scale, shift)
+        return self._unpatchify(self.final_layer(h))
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """[B, N, p·p·C], a token ordered (row, column, channel), -> [B, C, H, W]."""

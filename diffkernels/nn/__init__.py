@@ -1,6 +1,43 @@
 """Modules that hold parameters and call ops; the pieces that several of the models share."""
 
+from .concat import ConcatNormLinear, concat_linear, concat_norm_linear
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d
-from .transformer import Attention, Mlp
+from .norms import (
+    AdaLayerNorm,
+    AdaLayerNormContinuous,
+    AdaLayerNormSingle,
+    AdaLayerNormZero,
+    RMSNorm,
+    ScheduledTimes,
+    TimeDependentLayerNorm,
+    TimeDependentParameter,
+    TimeDependentRMSNorm,
+    TimeTable,
+)
+from .stack import Stack, StackedLinear
+from .transformer import Attention, Mlp, attend
 
-__all__ = ["Attention", "LabelEmbedder", "Mlp", "PatchEmbed", "TimestepEmbedder", "sincos_2d"]
+__all__ = [
+    "AdaLayerNorm",
+    "AdaLayerNormContinuous",
+    "AdaLayerNormSingle",
+    "AdaLayerNormZero",
+    "Attention",
+    "ConcatNormLinear",
+    "LabelEmbedder",
+    "Mlp",
+    "PatchEmbed",
+    "RMSNorm",
+    "ScheduledTimes",
+    "Stack",
+    "StackedLinear",
+    "TimeDependentLayerNorm",
+    "TimeDependentParameter",
+    "TimeDependentRMSNorm",
+    "TimeTable",
+    "TimestepEmbedder",
+    "attend",
+    "concat_linear",
+    "concat_norm_linear",
+    "sincos_2d",
+]

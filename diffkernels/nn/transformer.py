@@ -6,8 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def attend(qkv: Tensor, num_heads: int) -> Tensor:
+    """Self-attention of packed projections: [B, N, 3 D], packed as [3, heads, d_head], -> [B, N, D]. Scale d_head^-1/2."""
+    b, n, d = qkv.shape
+    q, k, v = qkv.view(b, n, 3, num_heads, d // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d // 3)
+
+
 class Attention(nn.Module):
-    """Self-attention, [B, N, D] -> [B, N, D], scale d_head^-1/2. Parameters: qkv (packed as [3, heads, d_head]), proj."""
+    """Self-attention, [B, N, D] -> [B, N, D]: see `attend`. Parameters: qkv, proj."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -16,10 +23,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(h.transpose(1, 2).reshape(b, n, d))
+        return self.proj(attend(self.qkv(x), self.num_heads))
 
 
 class Mlp(nn.Module):
