@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from diffkernels import ops
 from diffkernels._op import OPS
+from diffkernels.bench import oracle
 from diffkernels.bench.passes import count
 
 
@@ -74,6 +75,18 @@ def test_any_number_of_threads_gives_the_same_bits(d) -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [41, 64])
+def test_sums_over_several_chunks_are_right(tokens) -> None:
+    """Groups of rows that begin and end within chunks, at their edges and across several of them."""
+    op = OPS["norm_backward"]
+    x, g, residual, delta = (torch.randn(3, tokens, 1152) for _ in range(4))
+    scale, shift, weight, gate = torch.randn(3, 1152), torch.randn(3, 1152), torch.randn(1152), torch.randn(3, 1152)
+    args = (g, x, scale, shift, weight, None, "layer", 1e-6, "inside", residual, delta, gate, 0b1101111)
+    exact, reference = oracle.exact(op, args), list(op.reference(*args))
+    for got, e, r in zip(ops.norm_backward(*args), exact, reference, strict=True):
+        oracle.compare(got, e, r, c=3.0, own=oracle.own_error(exact, reference))
 
 
 def test_a_padded_token_of_zeros_has_no_gradient_but_no_nan() -> None:

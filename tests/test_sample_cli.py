@@ -75,6 +75,42 @@ def test_bundled_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert describe(ASSET)["about"]["steps"] >= 1500
 
 
+def test_bundled_dimr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "dimr.png"
+    assert call("--model", "dimr", "--out", str(out), "--steps", "4", "--per-class", "2") == 0
+    told = capsys.readouterr().out
+    for word in ("dimr", "td_params", "depthwise_conv2d", "geglu", "slice_moments", "solver_step", "rung "):
+        assert word in told
+    assert out.exists()
+    asset = ASSET.with_name("digits_dimr.safetensors")
+    assert asset.stat().st_size < 2_000_000 and describe(asset)["arch"] == "DiMR"
+    assert describe(asset)["about"]["steps"] >= 4000
+
+
+@pytest.mark.parametrize("model", ["digits", "dimr"])
+def test_evaluate(model: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both bundled models draw digits that the judge reads, with the spread over the seeds beside."""
+    pytest.importorskip("sklearn", reason="scikit-learn holds the real digits")
+    monkeypatch.chdir(tmp_path)
+    assert call("--model", model, "--evaluate", "--seeds", "2", "--steps", "10", "--per-class", "10", "--quiet") == 0
+    told = capsys.readouterr().out
+    for word in ("seed 0", "seed 1", "mean ± deviation", "real digits, held out", "Fréchet"):
+        assert word in told
+    accuracy = float(told.partition("mean ± deviation")[2].split("│")[1].split("±")[0])
+    assert accuracy >= 90
+    assert not list(tmp_path.iterdir())
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    from diffkernels.digits import frechet
+
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(200_000, 3, generator=draw, dtype=torch.float64)
+    b = torch.randn(200_000, 3, generator=draw, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([1.0, 0, 0])
+    assert frechet(a, b) == pytest.approx(1 + 0 + 1 + 0.25, rel=0.02)  # |mean|² + sum (s_a - s_b)²
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
+
+
 def test_bundled_digits_are_read_as_meant() -> None:
     """A nearest-neighbour judge over real digits; the example's classifier is stricter and slower."""
     data = pytest.importorskip("sklearn.datasets", reason="scikit-learn holds the real digits").load_digits()
@@ -155,6 +191,8 @@ def test_file_follows_umask_and_links(tiny: str, tmp_path: Path) -> None:
         (["--guidance", "1e38"], "--guidance: the samples are not finite"),
         (["--per-class", "0"], "--per-class: expected 1 or more"),
         (["--per-class", "99999999999"], "--per-class: expected at most 4096 pictures"),
+        (["--evaluate", "--seeds", "0"], "--seeds: expected 1 or more, got 0"),
+        (["--evaluate"], "--evaluate: the judge knows scikit-learn's digits only"),
         (["--seed", "-1"], "--seed: expected 0 to"),
         (["--seed", str(1 << 64)], "--seed: expected 0 to"),
         (["--classes", "0-9"], "has the labels 0 to 4, got 9"),
@@ -166,7 +204,7 @@ def test_file_follows_umask_and_links(tiny: str, tmp_path: Path) -> None:
         (["--classes", "1.5"], "--classes: expected labels"),
         (["--classes", "٣"], "--classes: expected labels"),
         (["--classes", "0-999999"], "expected at most 4096"),
-        (["--model", "cats"], "--model: expected digits or a .safetensors file, got 'cats'"),
+        (["--model", "cats"], "--model: expected digits, dimr or a .safetensors file, got 'cats'"),
         (["--model", "no/such.safetensors"], "no such file"),
         (["--model", "model.pt"], "pickles"),
         (["--out", "sheet.jpg"], "--out: expected a .png file"),

@@ -71,37 +71,40 @@ def eager(model: Any, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
     outs: list[Tensor] = []
     answer = x
+    below: dict[str, Any] = {}
     for stage, config in zip(model.stages, model.config["stages"], strict=True):
         transformer = config["block_type"] == "TransformerBlock"
         source = F.avg_pool2d(x, config["image_input_ratio"]) if config["image_input_ratio"] > 1 else x
-        embed = stage.input_layer[1]
+        embed = stage.input_layer["1"]
         h = F.conv2d(source, embed.weight, embed.bias, embed.stride).permute(0, 2, 3, 1)
         rows, columns = h.shape[1:3]
-        position = stage.input_layer[3].position_embeddings.weight.view(config["max_height"], config["max_width"], -1)
+        position = stage.input_layer["3"]["position_embeddings"].weight.view(config["max_height"], config["max_width"], -1)
         h = h + position[:rows, :columns]
         if outs:
             up = stage.upsample
-            flat = _apply(up[1].kernel, layer_norm(torch.cat(outs, dim=-1), up[0]))
-            b, r = flat.shape[0], rows // model.config["stages"][0]["max_height"]
+            flat = _apply(up["1"]["kernel"], layer_norm(torch.cat(outs, dim=-1), up["0"]))
+            b, r = flat.shape[0], rows // below["max_height"]
             low = flat.view(b, rows // r, columns // r, r, r, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, rows, columns, -1)
-            h = h + layer_norm(low, up[2])
+            h = h + layer_norm(low, up["2"])
         if transformer:
             h = torch.cat([stage.class_embeds(y)[:, None], h.flatten(1, 2)], dim=1)
-        outs, skips, count = [h], [], len(stage.blocks)
+        outs, count = [h], len(stage.blocks)
+        skips: list[Tensor] = []
         for i, block in enumerate(stage.blocks):
             if i > count // 2:
                 h = _apply(stage.skip_denses[i - count // 2 - 1], torch.cat([h, skips.pop()], dim=-1))
             if transformer:
                 h = h + attend(rms(h, block.block1.norm), block.block1, config["num_attention_heads"])
             else:
-                h = h + convolve(h, block.block1[1]).permute(0, 2, 3, 1)
+                h = h + convolve(h, block.block1["1"]).permute(0, 2, 3, 1)
             h = h + mlp(rms(h, block.block2.norm), block.block2)
             if i < count // 2:
                 skips.append(h)
             outs.append(h)
         if transformer:
             outs = [o[:, 1:].reshape(o.shape[0], rows, columns, -1) for o in outs]
-        answer = convolve(layer_norm(outs[-1], stage.output_layer[0]), stage.output_layer[2])
+        below = config
+        answer = convolve(layer_norm(outs[-1], stage.output_layer["0"]), stage.output_layer["2"])
     return answer
 
 
@@ -109,11 +112,11 @@ def _apply(layer: Any, h: Tensor) -> Tensor:
     return F.linear(h, layer.weight, layer.bias)
 
 
-def contenders() -> dict[str, Callable[[], Tensor]]:
-    """DiMR-XL/2R, one picture of 32×32 latents (257 tokens), float32: {"ours", "eager"}; call them `without_products`."""
+def contenders() -> tuple[dict[str, Callable[[], object]], list[int]]:
+    """DiMR-XL/2R, one picture of 32×32 latents (257 tokens), float32: {"ours", "eager"}, and the input's shape."""
     from ..models import dimr
 
     torch.manual_seed(0)
     model = dimr("XL/2R").eval()
     x, t, y = torch.randn(1, 4, 32, 32), torch.tensor([500.0]), torch.tensor([207])
-    return {"ours": lambda: model(x, t, y), "eager": lambda: eager(model, x, t, y)}
+    return {"ours": lambda: model(x, t, y), "eager": lambda: eager(model, x, t, y)}, list(x.shape)

@@ -1,7 +1,7 @@
 """Passes over the activation: what each op of a module reads and writes, counted while it runs.
 
-A unit is one read or one write of the module's activation. Views, matrix products, convolutions and attention are left out:
-they are what remains when everything else is fused.
+A unit is one read or one write of the module's activation. Views, matrix products, convolutions by torch, attention and
+lookups are left out: they are what remains when everything else is fused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "scaled_dot_product", "flash_attention", "empty")
+PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "linear",
+    "convolution",
+    "scaled_dot_product",
+    "flash_attention",
+    "embedding",
+    "empty",
+)
 
 
 @dataclass
@@ -37,7 +48,7 @@ class Passes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2].rstrip("_")
-        if func.is_view or any(p in name for p in PRODUCTS) or name in ("detach", "alias"):
+        if func.is_view or any(p in name for p in PRODUCTS) or name in ("detach", "alias", "_unsafe_view"):
             return out
         read = _elements((args, kwargs)) / self.unit
         write = _elements(out) / self.unit
@@ -61,7 +72,9 @@ def _distinct(t: Tensor) -> int:
 
 
 def count(call: Callable[[], Any], unit: int) -> Passes:
-    """The passes of one call, without gradients."""
-    with torch.no_grad(), Passes(unit) as passes:
+    """The passes of one call, without gradients; a call before it has laid what is laid once."""
+    with torch.no_grad():
         call()
+        with Passes(unit) as passes:
+            call()
     return passes

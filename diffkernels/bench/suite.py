@@ -20,18 +20,19 @@ from torch.utils import _pytree as pytree
 from .. import _C, _ladder
 from .._case import Case, Draw
 from .._op import OPS, Op
-from . import oracle
+from . import dimr, oracle
 from .timing import measure
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FORMAT = 1
+MODELS = {"dimr-xl-forward": dimr.contenders}  # by name only: each needs gigabytes
 
 
 def cases(ops: list[str] | None = None, dtypes: list[str] | None = None) -> list[tuple[Op, Case, str]]:
     """What there is to time. Raises ValueError, with what there is, for an unknown op or dtype."""
     for name in ops or []:
-        if name not in OPS:
-            raise ValueError(f"op: expected one of {', '.join(OPS)}; got {name!r}")
+        if name not in OPS and name not in MODELS:
+            raise ValueError(f"op: expected one of {', '.join((*OPS, *MODELS))}; got {name!r}")
     for name in dtypes or []:
         if name not in DTYPES:
             raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}; got {name!r}")
@@ -103,6 +104,28 @@ def run(
             "error": _worst(pytree.tree_leaves(peer()), exact),
         }
     return row
+
+
+def forward(name: str, seconds: float = 5.0) -> dict[str, Any]:
+    """A whole model's forward pass, everything but its GEMMs and its attention, beside the same in plain PyTorch."""
+    contenders, shape = MODELS[name]()
+    with torch.no_grad():
+        got, exact = (torch.as_tensor(contenders[name]()) for name in ("ours", "eager"))
+        with dimr.without_products():
+            timing = measure(contenders, seconds)
+    ratio, low, high = timing.ratio("eager", "ours")
+    return {
+        "op": name,
+        "case": "all but GEMMs and attention",
+        "model": name,
+        "dtype": "f32",
+        "rung": _ladder.running("norm_modulate"),
+        "shape": shape,
+        "us": timing.median("ours") * 1e6,
+        "us_p10_p90": [t * 1e6 for t in timing.spread("ours")],
+        "difference": ((got - exact).abs().max() / exact.abs().max()).item(),  # of the whole forward, from eager's
+        "peers": {"eager": {"us": timing.median("eager") * 1e6, "ratio": ratio, "ratio_95": [low, high]}},
+    }
 
 
 def overhead(seconds: float = 2.0) -> dict[str, Any]:
@@ -209,9 +232,13 @@ def merge(path: Path, here: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     os.replace(name, path)
 
 
-def all_rows(chosen: list[tuple[Op, Case, str]], rung: str | None, seconds: float) -> Iterator[dict[str, Any]]:
+def all_rows(
+    chosen: list[tuple[Op, Case, str]], rung: str | None, seconds: float, models: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """The rows one by one, so that what was measured survives an interruption."""
     yield overhead(seconds)
+    for name in models or []:
+        yield forward(name, seconds)
     for op, case, dtype in chosen:
         yield run(op, case, dtype, rung, seconds)
         if case.backward:

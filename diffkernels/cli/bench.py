@@ -13,7 +13,7 @@ from ..bench.timing import pin_allocator
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="time the kernels against eager and torch.compile", description=__doc__)
-    parser.add_argument("op", nargs="*", help="ops to time (default: all)")
+    parser.add_argument("op", nargs="*", help="ops to time (default: all), or dimr-xl-forward")
     parser.add_argument("--dtype", help="f32, f16, bf16, or several with commas (default: f32,bf16)")
     parser.add_argument("--rung", help="force a rung (default: the one that runs)")
     parser.add_argument("--seconds", type=float, default=2.0, help="at least this long a row (default: %(default)s)")
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         stopped = False
         try:
             with console.status("measuring") as status:
-                for row in suite.all_rows(chosen, args.rung, args.seconds):
+                for row in suite.all_rows(chosen, args.rung, args.seconds, [n for n in args.op if n in suite.MODELS]):
                     rows.append(row)
                     status.update(f"measuring: {len(rows)} rows done")
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`diffkernels sample`: pictures from a small DiT, on one labelled sheet."""
+"""`diffkernels sample`: pictures from a small diffusion model, on one labelled sheet; or what a judge makes of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -21,12 +22,16 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .. import RungError, __version__, running
-from ..models import DiT, load
+from .. import RungError, __version__, digits, running
+from ..models import DiMR, DiT, load
 from ..models.checkpoint import describe
 from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler
 
-BUNDLED = {"digits": "digits_dit.safetensors"}
+BUNDLED = {"digits": "digits_dit.safetensors", "dimr": "digits_dimr.safetensors"}
+OPS = {  # what each architecture runs
+    DiT: ("norm_modulate", "gate_residual_norm", "solver_step"),
+    DiMR: ("norm_modulate", "gate_residual_norm", "td_params", "slice_moments", "geglu", "depthwise_conv2d", "solver_step"),
+}
 SCHEDULES: dict[str, Callable[[], DiscreteVP]] = {"linear": DiscreteVP.linear, "cosine": DiscreteVP.cosine}
 MOST = 4096  # pictures on a sheet
 BATCH = 256
@@ -41,7 +46,7 @@ class Refused(ValueError):
 
 def register(subparsers: Any) -> None:
     """Adds the subcommand to argparse's `subparsers`; its namespace holds `run`."""
-    parser = subparsers.add_parser("sample", help="make pictures with a small diffusion transformer", description=__doc__)
+    parser = subparsers.add_parser("sample", help="make pictures with a small diffusion model", description=__doc__)
     parser.add_argument("--model", default="digits", help=f"{', '.join(BUNDLED)}, or a .safetensors file (default: digits)")
     parser.add_argument("--solver", default="dpmpp_2m", choices=list(SOLVERS), help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default: %(default)s)")
@@ -49,9 +54,13 @@ def register(subparsers: Any) -> None:
         "--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (default: %(default)s)"
     )
     parser.add_argument("--classes", default="0-9", help='labels, a line each: "0-9", "3,3,7" (default: %(default)s)')
-    parser.add_argument("--per-class", type=int, default=10, help="pictures of each label (default: %(default)s)")
+    parser.add_argument("--per-class", type=int, help="pictures of each label (default: 10; 30 with --evaluate)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same pictures (default: %(default)s)")
     parser.add_argument("--out", default="digits.png", help="the PNG to write (default: %(default)s)")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="no sheet: a judge's accuracy and the Fréchet distance, over several seeds"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds --evaluate takes (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
     parser.set_defaults(run=run)
 
@@ -74,6 +83,10 @@ def _run(args: argparse.Namespace) -> None:
         raise Refused(f"--steps: expected 1 or more, got {args.steps}")
     if not math.isfinite(args.guidance):
         raise Refused(f"--guidance: expected a finite number, got {args.guidance}")
+    if args.per_class is None:
+        args.per_class = 30 if args.evaluate else 10
+    if args.seeds < 1:
+        raise Refused(f"--seeds: expected 1 or more, got {args.seeds}")
     if args.per_class < 1:
         raise Refused(f"--per-class: expected 1 or more, got {args.per_class}")
     if not 0 <= args.seed < 1 << 63:
@@ -82,13 +95,15 @@ def _run(args: argparse.Namespace) -> None:
     if len(classes) * args.per_class > MOST:
         raise Refused(f"--per-class: expected at most {MOST} pictures in all, got {len(classes)} × {args.per_class}")
     model, about = _model(args.model)
-    highest = model.config["num_classes"] - 1
+    highest = model.labels - 1
     if max(classes) > highest:
         raise Refused(f"--classes: {args.model} has the labels 0 to {highest}, got {max(classes)}")
     if args.guidance != 1 and model.null_class is None:
         raise Refused(f"--guidance: {args.model} was trained without label dropout: only 1 works, got {args.guidance}")
     sampler = _sampler(args, about)
     nfe = sampler.nfe(args.steps)
+    if args.evaluate:
+        return _evaluate(model, about, sampler, classes, args)
 
     with _Written(args.out) as out:  # before the work: an unwritable path is known now
         start = time.perf_counter()
@@ -112,7 +127,7 @@ def _run(args: argparse.Namespace) -> None:
         info.add_text("diffkernels", json.dumps(settings))
         sheet(pictures, classes, title).save(out.partial, format="PNG", pnginfo=info)
     if not args.quiet:
-        _tell(args, out.path, nfe, 1000 * seconds / len(pictures), len(pictures))
+        _tell(args, model, out.path, nfe, 1000 * seconds / len(pictures), len(pictures))
 
 
 def parse_classes(text: str) -> list[int]:
@@ -128,12 +143,11 @@ def parse_classes(text: str) -> list[int]:
     return classes
 
 
-def sample(model: DiT, sampler: Sampler, classes: Sequence[int], args: argparse.Namespace) -> Tensor:
+def sample(model: DiT | DiMR, sampler: Sampler, classes: Sequence[int], args: argparse.Namespace) -> Tensor:
     """[len(classes) · per_class, C, H, W] float32, a class after the other.
 
     Picture j of a class depends on the seed, the class and j only, not on what else is on the sheet.
     """
-    side = model.config["input_size"]
     seen: dict[int, int] = {}
     labels, generators = [], []
     for label in classes:
@@ -142,7 +156,7 @@ def sample(model: DiT, sampler: Sampler, classes: Sequence[int], args: argparse.
             state = np.random.SeedSequence([args.seed, label, j]).generate_state(1, np.uint64)
             labels.append(label)
             generators.append(torch.Generator().manual_seed(int(state[0] >> 1)))
-    noise = torch.stack([torch.randn(model.config["in_channels"], side, side, generator=g) for g in generators])
+    noise = torch.stack([torch.randn(model.sample_shape, generator=g) for g in generators])
     y = torch.tensor(labels)
     null = None if model.null_class is None else torch.full_like(y, model.null_class)
     done = []
@@ -207,7 +221,39 @@ def _tiles(pictures: Tensor) -> np.ndarray:
     return (255 * light).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _model(name: str) -> tuple[DiT, dict[str, Any]]:
+def _evaluate(model: DiT | DiMR, about: dict[str, Any], sampler: Sampler, classes: list[int], args: argparse.Namespace) -> None:
+    """Prints the judge's accuracy and the Fréchet distance, mean and spread over the seeds."""
+    if "digits" not in str(about.get("data", "")) or model.sample_shape != (1, 8, 8):
+        raise Refused(f"--evaluate: the judge knows scikit-learn's digits only; {args.model} was not trained on them")
+    if sorted(set(classes)) != list(range(digits.CLASSES)) or len(classes) * args.per_class <= 64:
+        raise Refused("--evaluate: expected --classes 0-9 and more than 64 pictures, or the distance means nothing")
+    try:
+        judge = digits.Judge()
+    except ImportError as error:
+        raise Refused(f"--evaluate: {error}") from error
+    labels = torch.tensor(classes).repeat_interleave(args.per_class)
+    found = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        pictures = sample(model, sampler, classes, argparse.Namespace(**{**vars(args), "seed": seed}))
+        found.append((judge.accuracy(pictures, labels), judge.distance(pictures)))
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{args.model}: {args.solver}, {args.steps} steps, guidance {args.guidance:g}, {len(labels)} pictures a seed"
+    table = Table("", "read as meant", "Fréchet distance to the training images", title=title)
+    for seed, (accuracy, distance) in enumerate(found, start=args.seed):
+        table.add_row(f"seed {seed}", f"{100 * accuracy:.1f} %", f"{distance:.2f}")
+    (a, b), (c, d) = (_spread(column) for column in zip(*found, strict=True))
+    table.add_row("mean ± deviation", f"{100 * a:.1f} ± {100 * b:.1f} %", f"{c:.2f} ± {d:.2f}")
+    table.add_row("real digits, held out", f"{100 * judge.real[0]:.1f} %", f"{judge.real[1]:.2f}")
+    Console(highlight=False, width=110).print(table)
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _model(name: str) -> tuple[DiT | DiMR, dict[str, Any]]:
     """The model of that name or file, and what its file says about it."""
     if name in BUNDLED:
         path = Path(str(resources.files("diffkernels") / "assets" / BUNDLED[name]))
@@ -216,8 +262,8 @@ def _model(name: str) -> tuple[DiT, dict[str, Any]]:
     else:
         raise Refused(f"--model: expected {', '.join(BUNDLED)} or a .safetensors file, got {name!r}")
     model = load(path)
-    if not isinstance(model, DiT) or model.config["in_channels"] not in (1, 3):
-        raise Refused(f"--model: {name}: expected a DiT of 1 or 3 channels: others, such as latents, can't be drawn")
+    if not isinstance(model, DiT | DiMR) or model.sample_shape[0] not in (1, 3):
+        raise Refused(f"--model: {name}: expected a DiT or DiMR of 1 or 3 channels: others, such as latents, can't be drawn")
     return model, describe(path).get("about", {})
 
 
@@ -263,7 +309,7 @@ class _Written:
             self.partial.unlink(missing_ok=True)
 
 
-def _tell(args: argparse.Namespace, path: Path, nfe: int, ms: float, count: int) -> None:
+def _tell(args: argparse.Namespace, model: DiT | DiMR, path: Path, nfe: int, ms: float, count: int) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -272,7 +318,7 @@ def _tell(args: argparse.Namespace, path: Path, nfe: int, ms: float, count: int)
         "model": args.model,
         "solver": f"{args.solver}, {args.steps} steps, guidance {args.guidance:g}",
         "evaluations": f"{nfe}" + (", each of a doubled batch (guidance)" if args.guidance != 1 else ""),
-        **{op: f"rung {running(op)}" for op in ("norm_modulate", "solver_step")},
+        **{op: f"rung {running(op)}" for op in OPS[type(model)]},
         "time": f"{ms:.1f} ms an image ({count} images)",
         "seed": str(args.seed),
         "written": str(path),

@@ -65,7 +65,7 @@ def _case(name: str, *shape: int, wanted: int = 0b11111, **rest):  # type: ignor
     check=_check,
     c=3.0,
     cases=[
-        _case("adaln", 3, 70, 72, scale=(3, 72), shift=(3, 72), wanted=0b111),
+        _case("adaln", 2, 35, 72, scale=(2, 72), shift=(2, 72), wanted=0b111),
         _case("plain", 3, 5, 64, wanted=0b1),
         _case("affine", 2, 37, 48, weight=(48,), bias=(48,), eps=1e-5, wanted=0b11001),
         _case("all", 2, 9, 33, scale=(2, 33), shift=(2, 33), weight=(33,), bias=(33,)),
