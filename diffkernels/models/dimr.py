@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn import (
     ConcatNormLinear,
-    StackedLinear,
     TimeDependentLayerNorm,
     TimeDependentRMSNorm,
     TimeTable,
@@ -71,10 +70,9 @@ class GegluMlp(nn.Module):
         dim, hidden = stage["dim"], stage["hidden_dim"]
         self.norm = NORMS[norm_type](dim)
         self.w0, self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self._both = StackedLinear()
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.w2(ops.geglu(*self._both([self.w0, self.w1], h)))
+        return self.w2(ops.geglu(self.w0(h), self.w1(h)))
 
 
 class TransformerBlock(nn.Module):
