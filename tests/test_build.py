@@ -34,7 +34,12 @@ FILE_BYTES = 2_500_000  # of anything in git
 GPUS = {"cuda": ("sm_80", "sm_90"), "sm90": ("sm_90a",)}  # by folder of csrc
 
 # Functions whose inner loops go through the stack on purpose: pattern of the demangled name, and why.
-THROUGH_THE_STACK = {r"(normalize|means)<.*, false>\(": "rows of any stride are gathered through a line in L1"}
+THROUGH_THE_STACK = {
+    r"(normalize|means|run)<[^,]*, false": "rows of any stride are gathered through a line in L1",
+    r"run<.*>\(.*Call const&, long, long\)": "norm_backward's walks are one function: operands of other dtypes go through a line",
+    r"run<.*, true, (true|false)>\(.*Call const&, [^,]*\*, long, long\)": "erf has more coefficients than AVX2 registers",
+}
+NO_LOOP = {"td_params": "the loop over the times reads tau, of any dtype, in a loop of its own"}
 
 needs_sources = pytest.mark.skipif(not CSRC.is_dir(), reason="csrc is not beside the tests")
 pytestmark = needs_sources
@@ -238,7 +243,7 @@ def test_inner_loops_stay_in_registers(objects, rung, op) -> None:
     if (rung, source) not in objects:
         pytest.skip(f"{op} has no kernel on {rung}")
     loops = list(hot_loops(objects[rung, source].result()))
-    assert loops, "no loop was found: the test sees nothing"
+    assert loops or op in NO_LOOP, "no loop was found: the test sees nothing"
     spilled = [(f, s) for f, s in loops if s and not any(re.search(p, f) for p in THROUGH_THE_STACK)]
     assert not spilled, "\n".join(f"{f}\n    " + "\n    ".join(s) for f, s in spilled)
 

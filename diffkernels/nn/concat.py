@@ -135,7 +135,7 @@ def concat_norm_linear(
 
 def _accumulate(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """total + x W^T; into total itself where no gradient is recorded (and autocast, which knows addmm only, is off)."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_grad_enabled() or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         return torch.addmm(total, x, weight.t())
     return total.addmm_(x, weight.t())
 

@@ -81,7 +81,7 @@ class StackedLinear:
         return list(out.split([layer.out_features for layer in layers], dim=-1))  # type: ignore[misc]
 
     def _flat(self, layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        if torch.compiler.is_compiling() or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
             return None, None
         for layer in layers:
             if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
