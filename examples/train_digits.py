@@ -1,12 +1,11 @@
 """Trains a small class-conditional DiT or DiMR on scikit-learn's handwritten digits, in minutes on two CPU cores.
 
-    python examples/train_digits.py --out digits_dit.safetensors --evaluate
-    diffkernels sample --model digits_dit.safetensors
+    python examples/train_digits.py --model dimr --out digits_dimr.safetensors --evaluate
+    diffkernels sample --model digits_dimr.safetensors
 
 8×8 grey digits, scaled to [-1, 1]; noise prediction on DDPM's linear schedule of 1000 steps; labels dropped at random for
-classifier-free guidance; the average of the weights is what is kept. Ctrl-C keeps what there is. `--evaluate` shows the
-generated digits to a classifier that has seen only real ones (needs scikit-learn, as the training does). On a busy
-machine OMP_NUM_THREADS=1 is faster: threads that wait for each other in such small layers gain nothing.
+classifier-free guidance; the average of the weights is what is kept. Ctrl-C keeps what there is. `--evaluate` measures the
+noise error on held-out digits and then is `diffkernels sample --evaluate`. All of it needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffkernels.digits import Judge, digits
+from diffkernels.cli import main as diffkernels
+from diffkernels.digits import CLASSES, digits
 from diffkernels.models import CheckpointError, DiMR, DiT, load, save
 from diffkernels.models.dimr import multiscale_loss
-from diffkernels.sampling import DiscreteVP, Sampler
+from diffkernels.nn import TimeDependentParameter
+from diffkernels.sampling import DiscreteVP
 
 SCHEDULE = DiscreteVP.linear()  # DDPM's and DiT's: 1000 steps, beta from 1e-4 to 0.02
 KEPT = torch.as_tensor(SCHEDULE.alphas_cumprod)
@@ -58,6 +60,16 @@ def objective(model: DiT | DiMR, x_t: Tensor, t: Tensor, y: Tensor, noise: Tenso
     return multiscale_loss(model.forward_stages(x_t, t, y), noise).mean()
 
 
+@torch.no_grad()
+def freeze(model: DiMR) -> None:
+    """Fixes the time-dependent parameters at tau = 0, so that the file needs no word about it: any time gives the same."""
+    for part in model.modules():
+        if isinstance(part, TimeDependentParameter):
+            value = part(torch.zeros(1))[0]
+            part.param0.copy_(value)
+            part.param1.copy_(value)
+
+
 def train(
     name: str,
     steps: int,
@@ -67,7 +79,7 @@ def train(
     rate: float = 2e-3,
     decay: float = 0.9995,
 ) -> tuple[DiT | DiMR, dict[str, Any]]:
-    """The averaged model and what is to be said of it. `still`: the model is told the same time always."""
+    """The averaged model and what is to be said of it. `still`: a DiMR that is always told the same time."""
     torch.manual_seed(seed)  # initialisation and label dropout
     draw = torch.Generator().manual_seed(seed)
     x, y, _, _ = digits()
@@ -87,7 +99,7 @@ def train(
     )
     done, smooth, start = 0, 1.0, time.perf_counter()
     try:
-        for done in (bar := tqdm(range(1, steps + 1), desc="train", unit="step")):
+        for step in (bar := tqdm(range(1, steps + 1), desc="train", unit="step")):
             pick = torch.randint(len(x), (batch,), generator=draw)
             x_t, t, noise = noised(x[pick], draw)
             loss = objective(model, x_t, torch.full_like(t, STILL) if still else t, y[pick], noise, draw)
@@ -97,13 +109,17 @@ def train(
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                weight = 1 - min(decay, (1 + done) / (10 + done))  # a young average forgets its start sooner
+                weight = 1 - min(decay, (1 + step) / (10 + step))  # a young average forgets its start sooner
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+            done = step
             smooth += 0.02 * (loss.item() - smooth)
             if done % 20 == 0:
                 bar.set_postfix(loss=f"{smooth:.4f}")
     except KeyboardInterrupt:
         print(f"stopped after {done} steps", file=sys.stderr)
+    if still:
+        assert isinstance(average, DiMR)
+        freeze(average)
     about = {
         "data": "scikit-learn digits, 8x8, scaled to [-1, 1]; 1500 of 1797 images",
         "prediction": "eps",
@@ -117,71 +133,57 @@ def train(
     return average, about
 
 
-def evaluate(model: DiT | DiMR, still: bool, per_class: int = 100) -> None:
-    """Prints the held-out noise error, how the judge reads the generated digits, and how near they lie to the real ones."""
-    sampler = Sampler("ddim", schedule=SCHEDULE, prediction="eps")
-    _, _, held, held_y = digits()
-    judge = Judge()
-
-    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return model(x, torch.full_like(t, STILL) if still else t, y)
-
-    draw = torch.Generator().manual_seed(0)
+def evaluate(path: Path) -> int:
+    """Prints the noise error on held-out digits, and what the judge makes of generated ones. Returns an exit code."""
+    model = load(path)
+    if not isinstance(model, DiT | DiMR) or (model.sample_shape, model.labels) != ((1, 8, 8), CLASSES):
+        raise CheckpointError(f"{path}: expected a DiT or DiMR of 1 × 8 × 8 digits, got another model")
+    _, _, held, y = digits()
+    x_t, t, noise = noised(held.repeat(20, 1, 1, 1), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        x_t, t, noise = noised(held.repeat(20, 1, 1, 1), draw)
-        error = F.mse_loss(predict(x_t, t, held_y.repeat(20)), noise).item()
-    print(f"held-out noise error {error:.4f}")
-    print(f"real digits, held out: {100 * judge.real[0]:.1f} % read as meant, Fréchet distance {judge.real[1]:.2f}")
-    labels = torch.arange(10).repeat_interleave(per_class)
-    for guidance in (1.0, 2.0):
-        made = sampler(
-            predict,
-            torch.randn(len(labels), 1, 8, 8, generator=torch.Generator().manual_seed(1)),
-            steps=25,
-            guidance=guidance,
-            cond={"y": labels},
-            uncond={"y": torch.full_like(labels, model.null_class)},
-        )
-        right = (judge.read(made) == labels).view(10, per_class).float().mean(1)
-        each = "  ".join(f"{k}: {100 * v:.0f}" for k, v in enumerate(right.tolist()))
-        print(f"DDIM, 25 steps, guidance {guidance}: {100 * right.mean():.1f} % read as meant ({each})")
-        print(f"  Fréchet distance {judge.distance(made):.2f}")
+        error = F.mse_loss(model(x_t, t, y.repeat(20))[:, :1], noise).item()
+    print(f"held-out noise error {error:.4f}", flush=True)
+    for guidance in ("1", "2"):
+        code = diffkernels(["sample", "--model", str(path), "--evaluate", "--guidance", guidance])
+        if code:
+            return code
+    return 0
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000, help="training steps at batch 64 (default %(default)s)")
     parser.add_argument("--model", choices=("dit", "dimr"), default="dit", help="the architecture (default %(default)s)")
-    parser.add_argument(
-        "--frozen-tau", action="store_true", help="a DiMR that is always told the same time: what do its norms get from time?"
-    )
+    parser.add_argument("--steps", type=int, default=6000, help="training steps at batch 64 (default %(default)s)")
+    parser.add_argument("--frozen-tau", action="store_true", help="a DiMR that does not know the time: what is it worth to it?")
     parser.add_argument("--out", type=Path, help="where the weights go (default digits_<model>.safetensors)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
-    parser.add_argument("--evaluate", action="store_true", help="judge the digits that the model makes")
-    parser.add_argument("--load", type=Path, help="don't train: evaluate these weights")
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps: expected 1 or more, got {args.steps}")
-    if args.frozen_tau and args.model != "dimr":
-        parser.error("--frozen-tau: expected --model dimr, whose norms move with tau")
-    if args.load is not None:
-        try:
-            model = load(args.load)
-        except (OSError, CheckpointError) as error:
-            parser.error(f"--load: {error}")
-        if not isinstance(model, DiT | DiMR):
-            parser.error(f"--load: {args.load}: expected a DiT or a DiMR, got {type(model).__name__}")
-        evaluate(model, args.frozen_tau)
-        return 0
-    args.out = args.out or Path(f"digits_{args.model}.safetensors")
-    args.out.parent.mkdir(parents=True, exist_ok=True)  # before the minutes, not after
-    model, about = train(args.model, args.steps, args.seed, args.frozen_tau)
-    save(model, args.out, dtype=torch.float16, about=about)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{args.out}: {count} parameters, {about['steps']} steps in {about['seconds']} s, {args.out.stat().st_size} bytes")
-    if args.evaluate:
-        evaluate(model, args.frozen_tau)
-    return 0
+    parser.add_argument("--evaluate", action="store_true", help="measure what was trained")
+    parser.add_argument("--load", type=Path, help="don't train: measure these weights")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="in such small layers more wait for one another (default %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    for name in ("steps", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected 1 or more, got {getattr(args, name)}")
+    if args.frozen_tau and (args.model != "dimr" or args.load):
+        parser.error("--frozen-tau: expected the training of --model dimr, whose norms move with tau")
+    torch.set_num_threads(args.threads)
+    path = args.load or args.out or Path(f"digits_{args.model}.safetensors")
+    try:
+        if args.load is None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # before the minutes, not after
+            model, about = train(args.model, args.steps, args.seed, args.frozen_tau)
+            save(model, path, dtype=torch.float16, about=about)
+            count = sum(p.numel() for p in model.parameters())
+            print(f"{path}: {count} parameters, {about['steps']} steps in {about['seconds']} s, {path.stat().st_size} bytes")
+        return evaluate(path) if args.evaluate or args.load else 0
+    except KeyboardInterrupt:
+        print("train_digits: stopped", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, CheckpointError) as error:
+        print(f"train_digits: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

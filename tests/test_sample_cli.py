@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,15 @@ from diffkernels.models.checkpoint import describe
 from diffkernels.sampling import SOLVERS, Sampler
 
 ASSET = Path(sample.__file__).parents[1] / "assets" / "digits_dit.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that wait for one another in such small layers make the tests twenty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +85,13 @@ def test_bundled_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert describe(ASSET)["about"]["steps"] >= 1500
 
 
+def test_dit_is_digits(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    for name, out in (("digits", a), ("dit", b)):
+        assert call("--model", name, "--out", str(out), "--steps", "1", "--per-class", "1", "--quiet") == 0
+    assert np.array_equal(pixels(a), pixels(b))
+
+
 def test_bundled_dimr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "dimr.png"
     assert call("--model", "dimr", "--out", str(out), "--steps", "4", "--per-class", "2") == 0
@@ -87,44 +104,21 @@ def test_bundled_dimr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert describe(asset)["about"]["steps"] >= 4000
 
 
-@pytest.mark.parametrize("model", ["digits", "dimr"])
-def test_evaluate(model: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both bundled models draw digits that the judge reads, with the spread over the seeds beside."""
-    pytest.importorskip("sklearn", reason="scikit-learn holds the real digits")
-    monkeypatch.chdir(tmp_path)
-    assert call("--model", model, "--evaluate", "--seeds", "2", "--steps", "10", "--per-class", "10", "--quiet") == 0
-    told = capsys.readouterr().out
-    for word in ("seed 0", "seed 1", "mean ± deviation", "real digits, held out", "Fréchet"):
-        assert word in told
-    accuracy = float(told.partition("mean ± deviation")[2].split("│")[1].split("±")[0])
-    assert accuracy >= 90
-    assert not list(tmp_path.iterdir())
-
-
-def test_frechet_distance_of_known_gaussians() -> None:
-    from diffkernels.digits import frechet
-
-    draw = torch.Generator().manual_seed(0)
-    a = torch.randn(200_000, 3, generator=draw, dtype=torch.float64)
-    b = torch.randn(200_000, 3, generator=draw, dtype=torch.float64) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([1.0, 0, 0])
-    assert frechet(a, b) == pytest.approx(1 + 0 + 1 + 0.25, rel=0.02)  # |mean|² + sum (s_a - s_b)²
-    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
-
-
 def test_bundled_digits_are_read_as_meant() -> None:
-    """A nearest-neighbour judge over real digits; the example's classifier is stricter and slower."""
+    """By a judge of another kind than `digits.Judge`: the nearest real digit. And the reference rungs draw the same."""
     data = pytest.importorskip("sklearn.datasets", reason="scikit-learn holds the real digits").load_digits()
     model = load(ASSET)
     sampler = Sampler("ddim", schedule=sample.SCHEDULES["linear"](), prediction="eps")
-    y = torch.arange(10).repeat_interleave(12)
+    y = torch.arange(10).repeat_interleave(8)
     noise = torch.randn(len(y), 1, 8, 8, generator=torch.Generator().manual_seed(0))
     made = sampler(model, noise, steps=25, guidance=2.0, cond={"y": y}, uncond={"y": torch.full_like(y, 10)})
     real = torch.from_numpy(data.images / 8 - 1).float().flatten(1)
     read = torch.from_numpy(data.target)[torch.cdist(made.clamp(-1, 1).flatten(1), real).argmin(1)]
     assert (read == y).float().mean() >= 0.95
+    few = y[::8]
     with dk.rung("reference"):
-        plain = sampler(model, noise, steps=25, guidance=2.0, cond={"y": y}, uncond={"y": torch.full_like(y, 10)})
-    assert (made - plain).abs().max() <= 1e-3
+        plain = sampler(model, noise[::8], steps=25, guidance=2.0, cond={"y": few}, uncond={"y": torch.full_like(few, 10)})
+    assert (made[::8] - plain).abs().max() <= 1e-3
 
 
 def test_same_seed_same_pixels(tiny: str, tmp_path: Path) -> None:
@@ -191,8 +185,6 @@ def test_file_follows_umask_and_links(tiny: str, tmp_path: Path) -> None:
         (["--guidance", "1e38"], "--guidance: the samples are not finite"),
         (["--per-class", "0"], "--per-class: expected 1 or more"),
         (["--per-class", "99999999999"], "--per-class: expected at most 4096 pictures"),
-        (["--evaluate", "--seeds", "0"], "--seeds: expected 1 or more, got 0"),
-        (["--evaluate"], "--evaluate: the judge knows scikit-learn's digits only"),
         (["--seed", "-1"], "--seed: expected 0 to"),
         (["--seed", str(1 << 64)], "--seed: expected 0 to"),
         (["--classes", "0-9"], "has the labels 0 to 4, got 9"),
@@ -204,7 +196,7 @@ def test_file_follows_umask_and_links(tiny: str, tmp_path: Path) -> None:
         (["--classes", "1.5"], "--classes: expected labels"),
         (["--classes", "٣"], "--classes: expected labels"),
         (["--classes", "0-999999"], "expected at most 4096"),
-        (["--model", "cats"], "--model: expected digits, dimr or a .safetensors file, got 'cats'"),
+        (["--model", "cats"], "--model: expected digits, dit, dimr or a .safetensors file, got 'cats'"),
         (["--model", "no/such.safetensors"], "no such file"),
         (["--model", "model.pt"], "pickles"),
         (["--out", "sheet.jpg"], "--out: expected a .png file"),
@@ -248,7 +240,7 @@ def test_models_that_can_not_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
     sizes = {"input_size": 8, "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 5}
     path = tmp_path / "m.safetensors"
     for config, about, words in (
-        ({"in_channels": 4}, {}, "expected a DiT of 1 or 3 channels"),
+        ({"in_channels": 4}, {}, "expected a DiT or DiMR of 1 or 3 channels"),
         ({"in_channels": 1, "class_dropout_prob": 0.0}, {}, "trained without label dropout"),
         ({"in_channels": 1}, {"schedule": "secret"}, "got 'eps' and 'secret'"),
         ({"in_channels": 1}, {"prediction": ["eps"]}, "expected a prediction among"),

@@ -27,7 +27,7 @@ from ..models import DiMR, DiT, load
 from ..models.checkpoint import describe
 from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler
 
-BUNDLED = {"digits": "digits_dit.safetensors", "dimr": "digits_dimr.safetensors"}
+BUNDLED = {"digits": "digits_dit.safetensors", "dit": "digits_dit.safetensors", "dimr": "digits_dimr.safetensors"}
 OPS = {  # what each architecture runs
     DiT: ("norm_modulate", "gate_residual_norm", "solver_step"),
     DiMR: ("norm_modulate", "gate_residual_norm", "td_params", "slice_moments", "geglu", "depthwise_conv2d", "solver_step"),
@@ -61,7 +61,7 @@ def register(subparsers: Any) -> None:
         "--evaluate", action="store_true", help="no sheet: a judge's accuracy and the Fréchet distance, over several seeds"
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds --evaluate takes (default: %(default)s)")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors and what --evaluate finds")
     parser.set_defaults(run=run)
 
 
@@ -109,8 +109,6 @@ def _run(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         pictures = sample(model, sampler, classes, args)
         seconds = time.perf_counter() - start
-        if not pictures.isfinite().all():
-            raise Refused(f"--guidance: the samples are not finite at {args.guidance}; take one nearer to 1")
         settings = {
             "model": args.model,
             "solver": args.solver,
@@ -147,6 +145,7 @@ def sample(model: DiT | DiMR, sampler: Sampler, classes: Sequence[int], args: ar
     """[len(classes) · per_class, C, H, W] float32, a class after the other.
 
     Picture j of a class depends on the seed, the class and j only, not on what else is on the sheet.
+    Raises Refused where the guidance is so strong that they are not finite.
     """
     seen: dict[int, int] = {}
     labels, generators = [], []
@@ -174,7 +173,10 @@ def sample(model: DiT | DiMR, sampler: Sampler, classes: Sequence[int], args: ar
                 progress=not args.quiet,
             )
         )
-    return torch.cat(done)
+    pictures = torch.cat(done)
+    if not pictures.isfinite().all():
+        raise Refused(f"--guidance: the samples are not finite at {args.guidance}; take one nearer to 1")
+    return pictures
 
 
 def sheet(pictures: Tensor, classes: Sequence[int], title: str) -> Image.Image:
@@ -223,10 +225,13 @@ def _tiles(pictures: Tensor) -> np.ndarray:
 
 def _evaluate(model: DiT | DiMR, about: dict[str, Any], sampler: Sampler, classes: list[int], args: argparse.Namespace) -> None:
     """Prints the judge's accuracy and the Fréchet distance, mean and spread over the seeds."""
-    if "digits" not in str(about.get("data", "")) or model.sample_shape != (1, 8, 8):
+    if "scikit-learn digits" not in str(about.get("data", "")) or model.sample_shape != (1, 8, 8):
         raise Refused(f"--evaluate: the judge knows scikit-learn's digits only; {args.model} was not trained on them")
     if sorted(set(classes)) != list(range(digits.CLASSES)) or len(classes) * args.per_class <= 64:
-        raise Refused("--evaluate: expected --classes 0-9 and more than 64 pictures, or the distance means nothing")
+        raise Refused(
+            "--evaluate: expected --classes 0-9 and more than 64 pictures a seed, or the distance means nothing; got "
+            f"--classes {args.classes} and {len(classes)} × {args.per_class}"
+        )
     try:
         judge = digits.Judge()
     except ImportError as error:
@@ -234,18 +239,21 @@ def _evaluate(model: DiT | DiMR, about: dict[str, Any], sampler: Sampler, classe
     labels = torch.tensor(classes).repeat_interleave(args.per_class)
     found = []
     for seed in range(args.seed, args.seed + args.seeds):
+        if not args.quiet:
+            print(f"seed {seed}", file=sys.stderr)
         pictures = sample(model, sampler, classes, argparse.Namespace(**{**vars(args), "seed": seed}))
         found.append((judge.accuracy(pictures, labels), judge.distance(pictures)))
     from rich.console import Console
     from rich.table import Table
 
     title = f"{args.model}: {args.solver}, {args.steps} steps, guidance {args.guidance:g}, {len(labels)} pictures a seed"
-    table = Table("", "read as meant", "Fréchet distance to the training images", title=title)
+    ran = None if args.quiet else ", ".join(f"{op}: {running(op)}" for op in OPS[type(model)])
+    table = Table("", "read as meant", "Fréchet distance to the training images", title=title, caption=ran)
     for seed, (accuracy, distance) in enumerate(found, start=args.seed):
         table.add_row(f"seed {seed}", f"{100 * accuracy:.1f} %", f"{distance:.2f}")
     (a, b), (c, d) = (_spread(column) for column in zip(*found, strict=True))
     table.add_row("mean ± deviation", f"{100 * a:.1f} ± {100 * b:.1f} %", f"{c:.2f} ± {d:.2f}")
-    table.add_row("real digits, held out", f"{100 * judge.real[0]:.1f} %", f"{judge.real[1]:.2f}")
+    table.add_row(f"{judge.held} real digits, held out", f"{100 * judge.real[0]:.1f} %", f"{judge.real[1]:.2f}")
     Console(highlight=False, width=110).print(table)
 
 
