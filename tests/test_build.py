@@ -36,7 +36,7 @@ GPUS = {"cuda": ("sm_80", "sm_90"), "sm90": ("sm_90a",)}  # by folder of csrc
 # Functions whose inner loops go through the stack on purpose: pattern of the demangled name, and why.
 THROUGH_THE_STACK = {
     r"(normalize|means|run)<[^,]*, false": "rows of any stride are gathered through a line in L1",
-    r"run<.*>\(.*Call const&, long, long\)": "norm_backward's walks are one function: operands of other dtypes go through a line",
+    r"run<.*>\(.*Call const&, long, long\)": "norm_backward is one function: operands of other dtypes go through a line",
     r"run<.*, true, (true|false)>\(.*Call const&, [^,]*\*, long, long\)": "erf has more coefficients than AVX2 registers",
 }
 NO_LOOP = {"td_params": "the loop over the times reads tau, of any dtype, in a loop of its own"}
