@@ -40,6 +40,7 @@ DType dtype_of(uint8_t code, uint8_t bits) {
     if (code == dlpack::kFloat) return bits == 32 ? DType::f32 : bits == 16 ? DType::f16 : DType::other;
     if (code == dlpack::kBfloat && bits == 16) return DType::bf16;
     if (code == dlpack::kInt && bits == 32) return DType::i32;
+    if (code == dlpack::kInt && bits == 64) return DType::i64;
     return DType::other;
 }
 

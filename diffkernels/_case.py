@@ -15,8 +15,8 @@ class Case:
     """One named call of an op: what tests run and, where `model` names its origin, what the bench times.
 
     `args(draw)` returns the keyword arguments; `draw(*shape)` draws a tensor of the dtype under test, `draw.f32(*shape)`
-    one that is always float32, `draw.index(n)` a 0-dim int32 below n. `eager` is the formula as users write it today;
-    with `backward` the bench also times forward and backward, with the gradient of every input.
+    one that is always float32, `draw.index(n)` a 0-dim int32 below n, `draw.seeds(n)` n random int64. `eager` is the formula
+    as users write it today; with `backward` the bench also times forward and backward, with every input's gradient.
     """
 
     name: str
@@ -45,6 +45,9 @@ class Draw:
 
     def f32(self, *shape: int) -> Tensor:
         return self.lay(self.values(shape).to(self.device))
+
+    def seeds(self, n: int) -> Tensor:
+        return torch.randint(-(2**63), 2**63 - 1, (n,), generator=self.generator).to(self.device)
 
     def index(self, n: int) -> Tensor:
         return torch.tensor(n // 2, dtype=torch.int32, device=self.device)

@@ -192,8 +192,8 @@ def op(*, allocate: Callable, check: Callable, cases: Sequence[Case], c: float =
 
 def _describe(t: Tensor) -> tuple[Any, ...]:
     """What the border wants to know of a tensor where torch has no exchange API: DLPack's numbers for device and type."""
-    code, bits = {torch.bfloat16: (4, 16), torch.int32: (0, 32)}.get(t.dtype, (2, 8 * t.element_size()))
-    known = t.dtype.is_floating_point or t.dtype is torch.int32
+    code, bits = {torch.bfloat16: (4, 16), torch.int32: (0, 32), torch.int64: (0, 64)}.get(t.dtype, (2, 8 * t.element_size()))
+    known = t.dtype.is_floating_point or t.dtype in (torch.int32, torch.int64)
     device = next((n for n, name in _DEVICES.items() if name == t.device.type), -1)
     return t.data_ptr(), device, t.device.index or 0, code if known else 1, bits, tuple(t.shape), t.stride()
 

@@ -38,6 +38,8 @@ THROUGH_THE_STACK = {
     r"(normalize|means|run)<[^,]*, false": "rows of any stride are gathered through a line in L1",
     r"run<.*>\(.*Call const&, long, long\)": "norm_backward is one function: operands of other dtypes go through a line",
     r"run<.*, true, (true|false)>\(.*Call const&, [^,]*\*, long, long\)": "erf has more coefficients than AVX2 registers",
+    r"has_nan<": "row_abs_quantile asks it only of a sample that holds something infinite or worse",
+    r"moments_of<[34],": "row_covariance of 3 or 4 tensors has more sums than AVX2 registers",
 }
 NO_LOOP = {"td_params": "the loop over the times reads tau, of any dtype, in a loop of its own"}
 
@@ -304,7 +306,7 @@ def test_cuda_kernels_do_not_spill(cubins, source, arch) -> None:
 @cuda_files
 def test_cuda_kernels_move_16_bytes_an_instruction(cubins, source, arch) -> None:
     sass = cubins[source, arch].result().sass
-    for move in ("LDG", "STG"):
+    for move in ("LDG",) if "/row_" in source else ("LDG", "STG"):  # a reduction writes a few numbers
         assert re.search(rf"\b{move}\.E(?:\.\w+)*\.128\b", sass), f"no {move} of 16 bytes"
 
 

@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 HOW = {"LAYER": True, "INSIDE": True}
-ANY = ("T", "coef_step", "coef_sample", "unit", "runs", "rows", "H", "W")  # not multiples of 16, as a rule
+UNFUSED = ("solver_step", "row_abs_quantile")  # launched so, for the sake of equal bits
+ANY = ("T", "B", "coef_step", "coef_sample", "unit", "runs", "rows", "rank", "chunks", "H", "W")  # as a rule no multiples of 16
 
 
 def pointers(names, t):
@@ -105,14 +106,33 @@ def depthwise_conv2d(t):
     yield "_kernel", given | {"KH": 7, "KW": 7, "RESIDUAL": True, "PIXELS": 32, "CHANNELS": 64}, 4
 
 
+COEF = pointers("coef", "fp32") | integers("coef_step coef_sample T E guided") | {"step": "*i32", "coef_column": 1}
+
+
 def solver_step(t):
-    "Two outputs, two rows of weights; x, two of history and noise; two results."
-    given = {
-        "outputs": ("*" + t,) * 2, "output_samples": ("i32",) * 2,
-        "terms": ("*fp32",) * 4, "term_samples": ("i32",) * 4, "results": ("*fp32",) * 2,
-    }
-    given |= pointers("coef", "fp32") | integers("coef_step coef_sample T E guided") | {"step": "*i32", "coef_column": 1}
-    yield "_kernel", given | {"OUTPUTS": 2, "TERMS": 4, "RESULTS": 2, "TWO_ROWS": True, "BLOCK": 1024}, 4
+    "Two outputs, x and history, two results, noise: a stochastic solver; then with all there is."
+    given = COEF | {"outputs": ("*" + t,) * 2, "output_samples": ("i32",) * 2, "results": ("*fp32",) * 2, "seed": "*i64"}
+    given |= {"B": "i32", "OUTPUTS": 2, "RESULTS": 2, "BLOCK": 1024}
+    none = dict.fromkeys("copy flags masks mask_samples gain bound".split())
+    few = {"terms": ("*fp32",) * 2, "term_samples": ("i32",) * 2, "TERMS": 2, "TWO_ROWS": False, "COPIES": 0}
+    yield "_kernel", given | none | few, 4
+    all_of = {"terms": ("*fp32",) * 6, "term_samples": ("i32",) * 6, "TERMS": 6, "TWO_ROWS": True, "COPIES": 2}
+    all_of |= pointers("flags gain bound", "fp32") | {"masks": ("*fp32",) * 2, "mask_samples": ("i32",) * 2, "copy": "*" + t}
+    yield "_kernel", given | all_of, 4
+
+
+def row_abs_quantile(t):
+    given = COEF | {"outputs": ("*" + t,) * 2, "output_samples": ("i32",) * 2, "OUTPUTS": 2, "TWO_ROWS": True}
+    given |= pointers("out x gain", "fp32") | {"x_sample": "i32", "rank": "i32", "fraction": "fp32"}
+    yield "_kernel", given | {"BLOCK": 2048}, 8, "STG"
+
+
+def row_covariance(t):
+    for count in (2, 4):
+        given = {"tensors": ("*" + t,) * count, "tensor_samples": ("i32",) * count, "COUNT": count, "BLOCK": 4096}
+        yield "_kernel", pointers("parts", "fp64") | integers("chunks E") | given, 8, "STG"
+    merged = pointers("out", "fp32") | pointers("parts", "fp64") | integers("chunks E")
+    yield "_merge", merged | {"COUNT": 4, "BLOCK": 4096, "TILE": 64}, 1, "LDG", "STG"
 
 
 def specialise(kernel, given):
@@ -136,7 +156,8 @@ def build(op, variants, dtype, arch):
         module, _, name = name.rpartition(".")
         kernel = getattr(importlib.import_module("diffkernels.triton." + (module or op)), name)
         source = ASTSource(fn=kernel, **specialise(kernel, given))
-        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+        options = {"num_warps": warps, "enable_fp_fusion": op not in UNFUSED}
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         sass = built.asm["sass"]
         yield {
             "op": op, "dtype": dtype, "arch": arch, "kernel": kernel.__name__, "given": str(given),

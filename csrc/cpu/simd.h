@@ -61,6 +61,17 @@ DK_INLINE To bit_cast(From v) {
 }
 
 DK_INLINE F choose(I mask, F yes, F no) { return mask ? yes : no; }
+DK_INLINE bool any(I mask) {  // a comparison's result
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(bit_cast<__m256>(mask)) != 0;
+#else
+    int32_t some = 0;
+    for (int i = 0; i < kLanes; ++i) some |= mask[i];
+    return some != 0;
+#endif
+}
 
 // Half precision, by vector, to nearest even. For bf16 a NaN must be `quiet`, which is cheaper once than at every store:
 // rounding carries a NaN whose lower half is zero to a NaN, and arithmetic on such NaNs makes only such NaNs.
@@ -159,12 +170,8 @@ DK_INLINE Pair in_order(F lo, F hi, bf16) {
 #endif
 }
 
-// A pair in T's order, as it lies.
-template <class T>
-DK_INLINE Pair as_it_lies(Pair v, T) {
-    return v;
-}
-DK_INLINE Pair as_it_lies(Pair v, bf16) {
+// lo[0], hi[0], lo[1], hi[1], ...
+DK_INLINE Pair interleave(Pair v) {
 #if defined(__AVX512F__)
     return {__builtin_shufflevector(v.lo, v.hi, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
             __builtin_shufflevector(v.lo, v.hi, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
@@ -173,6 +180,13 @@ DK_INLINE Pair as_it_lies(Pair v, bf16) {
             __builtin_shufflevector(v.lo, v.hi, 4, 12, 5, 13, 6, 14, 7, 15)};
 #endif
 }
+
+// A pair in T's order, as it lies.
+template <class T>
+DK_INLINE Pair as_it_lies(Pair v, T) {
+    return v;
+}
+DK_INLINE Pair as_it_lies(Pair v, bf16) { return interleave(v); }
 
 DK_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 template <class T>

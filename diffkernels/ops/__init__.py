@@ -5,6 +5,8 @@ from .gate_residual_norm import gate_residual_norm
 from .geglu import geglu
 from .norm_backward import norm_backward
 from .norm_modulate import norm_modulate
+from .row_abs_quantile import row_abs_quantile
+from .row_covariance import row_covariance
 from .slice_moments import slice_moments
 from .solver_step import solver_step
 from .td_params import td_params, td_params_backward
@@ -15,6 +17,8 @@ __all__ = [
     "geglu",
     "norm_backward",
     "norm_modulate",
+    "row_abs_quantile",
+    "row_covariance",
     "slice_moments",
     "solver_step",
     "td_params",

@@ -1,78 +1,96 @@
-"""One step of any diffusion solver in one pass: guidance, parameterisation, clamp, update, noise and history write."""
+"""One step of any diffusion solver in one pass: guidance, parameterisation, pointwise map, update, noise and history write."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._case import Case
 from .._op import empty_like, op
+from ._philox import normal
+from ._solver import (
+    FLOATS,
+    MAX_HISTORY,
+    MAX_OUTPUTS,
+    MAX_RESULTS,
+    RUN,
+    Columns,
+    check_alike,
+    check_per_sample,
+    check_state,
+    combined,
+    width,
+)
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MAX_OUTPUTS, MAX_HISTORY, MAX_RESULTS = 4, 4, 3
+COPY_DTYPES = {str(dtype)[6:]: dtype for dtype in FLOATS}
 
 
-def width(outputs: int, history: int, results: int, noise: bool, guided: bool) -> int:
-    """K, the number of coefficients in a row: see `solver_step`."""
-    return outputs * (2 if guided else 1) + 3 + results * (2 + history + (1 if noise else 0))
-
-
-def _check(outputs, x, history, coef, step, noise, results, guided_channels):  # type: ignore[no-untyped-def]
-    if not 1 <= len(outputs) <= MAX_OUTPUTS:
-        raise ValueError(f"outputs: expected 1 to {MAX_OUTPUTS} model outputs, got {len(outputs)}")
+def _check(  # type: ignore[no-untyped-def]
+    outputs, x, history, coef, step, seed, gain, bound, mask, known, results, guided_channels, copies, copy_dtype, watch
+):
     if len(history) > MAX_HISTORY:
         raise ValueError(f"history: expected at most {MAX_HISTORY} tensors, got {len(history)}")
     if not 1 <= results <= MAX_RESULTS:
         raise ValueError(f"results: expected 1 to {MAX_RESULTS}, got {results}")
-    if x.ndim < 1:
-        raise ValueError(f"x: expected [B, ...], got shape {list(x.shape)}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x: the sampler's state is float32 (or float64, on the reference); got {x.dtype}")
-    named = [(f"outputs[{i}]", t) for i, t in enumerate(outputs)]
-    named += [(f"history[{i}]", t) for i, t in enumerate(history)]
-    named += [("noise", noise)] if noise is not None else []
-    for name, t in named:
-        if t.shape != x.shape:
-            raise ValueError(f"{name}: expected x's shape {list(x.shape)}, got {list(t.shape)}")
-        if not name.startswith("outputs") and t.dtype != x.dtype:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {t.dtype}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
-        if name.startswith("outputs") and t.dtype != outputs[0].dtype:
-            raise TypeError(f"{name}: expected the dtype of outputs[0], {outputs[0].dtype}, got {t.dtype}")
-    if guided_channels != -1 and (x.ndim < 2 or not 0 <= guided_channels <= x.shape[1]):
-        raise ValueError(f"guided_channels: expected -1 (all) or 0 to x.shape[1], got {guided_channels} for {list(x.shape)}")
-    if coef.dtype != x.dtype:
-        raise TypeError(f"coef: expected x's dtype {x.dtype}, got {coef.dtype}")
-    k = width(len(outputs), len(history), results, noise is not None, guided_channels != -1)
-    if coef.ndim != 3 or coef.shape[1] not in (1, x.shape[0]) or coef.shape[2] != k:
-        raise ValueError(f"coef: expected shape [T, {x.shape[0]} or 1, {k}], got {list(coef.shape)}")
-    if step.dtype != torch.int32 or step.ndim != 0:
-        raise TypeError(f"step: expected a 0-dim int32 tensor, got {step.dtype} of shape {list(step.shape)}")
-    traced = torch.compiler.is_compiling() or type(step) is not Tensor or torch._C._len_torch_dispatch_stack()
-    if step.device.type == "cpu" and not traced:
-        i = int(step)
-        if not 0 <= i < coef.shape[0]:
-            raise IndexError(f"step: expected 0 <= step < {coef.shape[0]}, the rows of coef; got {i}")
+    if not 0 <= copies <= MAX_OUTPUTS:
+        raise ValueError(f"copies: expected 0 to {MAX_OUTPUTS}, got {copies}")
+    if copy_dtype not in COPY_DTYPES:
+        raise ValueError(f"copy_dtype: expected one of {', '.join(COPY_DTYPES)}; got {copy_dtype!r}")
+    if (mask is None) != (known is None):
+        raise ValueError(f"{'mask' if mask is None else 'known'}: expected both of mask and known, or none")
+    flags = {"seed": seed is not None, "guided": guided_channels != -1, "mask": mask is not None, "copies": copies > 0}
+    columns = width(len(outputs), len(history), results, **flags)
+    check_state(outputs, x, step, coef, columns, guided_channels)
+    check_alike(x, history=history, mask=mask, known=known)
+    check_per_sample(x, gain=gain, bound=bound)
+    if seed is not None and seed.shape != x.shape[:1]:
+        raise ValueError(f"seed: expected [{x.shape[0]}], one a sample, got {list(seed.shape)}")
+    if seed is not None and seed.dtype != torch.int64:
+        raise TypeError(f"seed: expected int64, got {seed.dtype}")
 
 
-def _allocate(outputs, x, history, coef, step, noise, results, guided_channels):  # type: ignore[no-untyped-def]
-    return [empty_like(x) for _ in range(results)]
+def _allocate(  # type: ignore[no-untyped-def]
+    outputs, x, history, coef, step, seed, gain, bound, mask, known, results, guided_channels, copies, copy_dtype, watch
+):
+    made = [empty_like(x) for _ in range(results)]
+    if copies:
+        made.append(x.new_empty((copies * x.shape[0], *x.shape[1:]), dtype=COPY_DTYPES[copy_dtype]))
+    if watch:
+        made.append(x.new_empty((x.shape[0], -(-x.shape[1:].numel() // RUN))))
+    return made
 
 
-def _rows(draw, outputs, history, results, noise=False, guided=False, batch=1, clamp=False):  # type: ignore[no-untyped-def]
-    """Random coefficients for T = 3 steps; clamp bounds wide open or at ±1."""
-    coef = draw.f32(3, batch, width(outputs, history, results, noise, guided))
-    at = outputs * (2 if guided else 1) + 1
-    coef[..., at], coef[..., at + 1] = (-1.0, 1.0) if clamp else (-torch.inf, torch.inf)
-    return {"coef": coef, "step": draw.index(3), "results": results}
+def _args(draw: Any, shape: tuple[int, ...], outputs: int = 1, history: int = 0, **more: Any) -> dict[str, Any]:
+    """Random tensors and coefficients for T = 3 steps; clamp bounds wide open, or [1, 2] where a sample has its own bound."""
+    wanted = more.pop("wanted", ())
+    args = {"outputs": [draw(*shape) for _ in range(outputs)], "x": draw.f32(*shape), "results": 1, **more}
+    args["history"] = [draw.f32(*shape) for _ in range(history)]
+    if "seed" in wanted:
+        args["seed"] = draw.seeds(shape[0])
+    if "mask" in wanted:
+        args["mask"], args["known"] = draw.f32(*shape).sigmoid().round(), draw.f32(*shape)
+    for name in {"gain", "bound"} & set(wanted):
+        args[name] = draw.f32(shape[0])
+    if "copies" in wanted:
+        args["copies"], args["copy_dtype"] = 2, str(draw.dtype)[6:]
+    guided = "guided_channels" in more
+    flags = {"seed": "seed" in wanted, "guided": guided, "mask": "mask" in wanted, "copies": "copies" in wanted}
+    coef = draw.f32(3, shape[0] if outputs > 1 else 1, width(outputs, history, args["results"], **flags) + history).clone()
+    at = outputs * (1 + guided) + 1 + flags["seed"]
+    open_wide = (-1.0, 1.0) if outputs > 2 else (-torch.inf, torch.inf)
+    coef[..., at], coef[..., at + 1] = (1.0, 2.0) if "bound" in wanted else open_wide
+    return args | {"coef": coef, "step": draw.index(3)}
 
 
-def _dpmpp_2m_cfg(*shape: int):  # type: ignore[no-untyped-def]
+def _dpmpp_2m_cfg(*shape: int, noise: bool = False):  # type: ignore[no-untyped-def]
     def args(draw):  # type: ignore[no-untyped-def]
-        """y = a x + b m + d m1 and m = (x - sigma (u + w (c - u))) / alpha, m kept as history."""
+        """y = a x + b m + d m1 + s z and m = (x - sigma (u + w (c - u))) / alpha, m kept as history."""
         w, sigma, alpha, a, b, d = 4.0, 0.6, 0.8, 0.9, 0.3, -0.1
-        row = [-sigma / alpha * (1 - w), -sigma / alpha * w, 1 / alpha, -torch.inf, torch.inf, b, a, d, 1, 0, 0]
+        none, some = ([0.0], [0.5]) if noise else ([], [])
+        row = [-sigma / alpha * (1 - w), -sigma / alpha * w, 1 / alpha, *none, -torch.inf, torch.inf]
+        row += [b, a, d, *some, 1, 0, 0, *none]
         coef = draw.index(1).new_tensor([[row]], dtype=torch.float32)
         return {
             "outputs": [draw(*shape), draw(*shape)],
@@ -80,6 +98,7 @@ def _dpmpp_2m_cfg(*shape: int):  # type: ignore[no-untyped-def]
             "history": [draw.f32(*shape)],
             "coef": coef,
             "step": draw.index(1),
+            "seed": draw.seeds(shape[0]) if noise else None,
             "results": 2,
         }
 
@@ -95,60 +114,37 @@ def _eager(outputs, x, history):  # type: ignore[no-untyped-def]
     return y, m
 
 
+def _eager_noise(outputs, x, history):  # type: ignore[no-untyped-def]
+    y, m = _eager(outputs, x, history)
+    return y + 0.5 * torch.randn_like(y), m
+
+
+LATENTS = (16, 4, 128, 128)
+EVERYTHING = ("seed", "gain", "bound", "mask", "copies")
+
+
 @op(
     allocate=_allocate,
     check=_check,
     cases=[
-        Case("one-output", lambda d: {"outputs": [d(2, 3, 5)], "x": d.f32(2, 3, 5), "history": [], **_rows(d, 1, 0, 1)}),
-        Case(
-            "cfg-2m",
-            lambda d: {
-                "outputs": [d(2, 4, 5, 7), d(2, 4, 5, 7)],
-                "x": d.f32(2, 4, 5, 7),
-                "history": [d.f32(2, 4, 5, 7)],
-                **_rows(d, 2, 1, 2, batch=2),
-            },
-        ),
-        Case(
-            "noise-clamp",
-            lambda d: {
-                "outputs": [d(3, 40)],
-                "x": d.f32(3, 40),
-                "history": [],
-                "noise": d.f32(3, 40),
-                **_rows(d, 1, 0, 2, noise=True, batch=3, clamp=True),
-            },
-        ),
-        Case(
-            "first-channels",
-            lambda d: {
-                "outputs": [d(2, 4, 3, 3), d(2, 4, 3, 3)],
-                "x": d.f32(2, 4, 3, 3),
-                "history": [],
-                "guided_channels": 3,
-                **_rows(d, 2, 0, 1, guided=True),
-            },
-        ),
-        Case(
-            "everything",
-            lambda d: {
-                "outputs": [d(2, 3, 130) for _ in range(4)],
-                "x": d.f32(2, 3, 130),
-                "history": [d.f32(2, 3, 130) for _ in range(4)],
-                "noise": d.f32(2, 3, 130),
-                "guided_channels": 1,
-                **_rows(d, 4, 4, 3, noise=True, guided=True, batch=2, clamp=True),
-            },
-        ),
-        Case(
-            "learned-sigma",
-            lambda d: {"outputs": [d(2, 8, 33)[:, :4]], "x": d.f32(2, 4, 33), "history": [], **_rows(d, 1, 0, 1)},
-        ),
-        Case("vector", lambda d: {"outputs": [d(7)], "x": d.f32(7), "history": [d.f32(7)], **_rows(d, 1, 1, 1, batch=7)}),
-        Case("no-samples", lambda d: {"outputs": [d(0, 6)], "x": d.f32(0, 6), "history": [], **_rows(d, 1, 0, 1)}),
-        Case("no-elements", lambda d: {"outputs": [d(3, 0)], "x": d.f32(3, 0), "history": [], **_rows(d, 1, 0, 2, batch=3)}),
+        Case("one-output", lambda d: _args(d, (2, 3, 5))),
+        Case("cfg-2m", lambda d: _args(d, (2, 4, 5, 7), 2, 1, results=2)),
+        Case("seeded", lambda d: _args(d, (3, 1100), results=2, wanted=("seed",))),
+        Case("clamp", lambda d: _args(d, (3, 40), 3)),
+        Case("threshold", lambda d: _args(d, (3, 40), 2, wanted=("bound",))),
+        Case("inpaint", lambda d: _args(d, (2, 3, 6, 6), wanted=("mask",))),
+        Case("rescale", lambda d: _args(d, (2, 3, 6), 2, wanted=("gain",), guided_channels=2)),
+        Case("model-input", lambda d: _args(d, (2, 3, 40), 2, wanted=("copies",))),
+        Case("watched", lambda d: _args(d, (2, 2, 700), watch=True)),
+        Case("first-channels", lambda d: _args(d, (2, 4, 3, 3), 2, guided_channels=3)),
+        Case("everything", lambda d: _args(d, (2, 3, 430), 4, 5, results=3, guided_channels=1, watch=True, wanted=EVERYTHING)),
+        Case("learned-sigma", lambda d: _args(d, (2, 4, 33)) | {"outputs": [d(2, 8, 33)[:, :4]]}),
+        Case("vector", lambda d: _args(d, (7,), 2, 1, wanted=("seed", "copies"))),
+        Case("no-samples", lambda d: _args(d, (0, 6), watch=True)),
+        Case("no-elements", lambda d: _args(d, (3, 0), 2, results=2, watch=True, wanted=("seed",))),
         Case("dpmpp-2m-cfg-512", _dpmpp_2m_cfg(1, 4, 64, 64), model="SD1.5 latent at 512²", eager=_eager),
-        Case("dpmpp-2m-cfg-1024", _dpmpp_2m_cfg(16, 4, 128, 128), model="SDXL latents at 1024², batch 16", eager=_eager),
+        Case("dpmpp-2m-cfg-1024", _dpmpp_2m_cfg(*LATENTS), model="SDXL latents at 1024², batch 16", eager=_eager),
+        Case("sde-dpmpp-2m-cfg-1024", _dpmpp_2m_cfg(*LATENTS, noise=True), model="the same with noise", eager=_eager_noise),
     ],
 )
 def solver_step(
@@ -157,60 +153,79 @@ def solver_step(
     history: list[Tensor],
     coef: Tensor,
     step: Tensor,
-    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    gain: Tensor | None = None,
+    bound: Tensor | None = None,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
     results: int = 1,
     guided_channels: int = -1,
+    copies: int = 0,
+    copy_dtype: str = "float32",
+    watch: bool = False,
 ) -> list[Tensor]:
-    """One row of a solver's coefficient table applied to a batch: affine, clamp, affine and noise, in one pass.
+    """One row of a solver's coefficient table applied to a batch: affine, pointwise, affine and noise, in one pass.
 
-    With A, a, lo, hi and, for each result j, (c_j, d_j, h_j, s_j) read from `coef[step, b]` for sample b:
+    With the coefficients of sample b in `coef[step, b]`, and z_0, z_1, ... its standard normal noise:
 
-        m     = clamp(sum_g A_g outputs_g + a x, lo, hi)          guidance and the change of parameterisation
-        y_j   = c_j m + d_j x + sum_k h_jk history_k + s_j noise   the solver's update; c = 1 alone writes m itself
+        m   = gain sum_g A_g outputs_g + a x + s z_0              guidance and the change of parameterisation
+        m   = clamp(m, lo, hi); with `bound`, clamp(m, -t, t) / t where t = clamp(bound, lo, hi)
+        m   = (1 - l mask) m + l mask known                       with `mask`
+        y_j = c_j m + d_j x + sum_k h_jk history_k + s_j z_(1+j)   the solver's update; c = 1 alone writes m itself
 
     Args:
         outputs: 1 to 4 raw model outputs, [B, ...] each, of one dtype (float32, float16 or bfloat16), any strides.
         x: the state, [B, ...], float32.
-        history: up to 4 earlier results, like x.
+        history: up to 5 tensors like x: earlier results.
         coef: [T, B or 1, K], float32, on the device. A row holds A (one an output), with `guided_channels` A again for the
-            other channels, then a, lo, hi (-inf and inf: no clamp), then for each result c, d, h (one a history tensor)
-            and, with `noise`, s. K = `width(...)`.
+            other channels, then a, with `seed` s, lo, hi (-inf and inf: no clamp), with `mask` l, then for each result c, d,
+            h (one a history tensor) and, with `seed`, s_j, and last, with `copies`, e. What is beyond is not read: see `width`.
         step: 0-dim int32 tensor on the same device: a host number would freeze in a CUDA graph. Outside of [0, T) the
             results are NaN on a GPU, and an IndexError on a CPU.
-        noise: standard normal, like x, or None.
+        seed: [B] int64: noise is a function of the sample's seed, the step, which z it is, and the element within the sample
+            (Philox, see `_philox.normal`): the same whatever the batch, the threads or the rung. Not drawn where s = 0.
+        gain: [B], like x: a factor of the guided outputs that only the data knows (guidance rescale).
+        bound: [B], like x: how far a sample's m reaches (dynamic thresholding, `row_abs_quantile`).
+        mask, known: like x: where mask is 1 (and l = 1), m is known (inpainting; the range-null-space projection of a mask).
         results: how many y_j to write, 1 to 3.
         guided_channels: the first A applies to this many leading channels (dimension 1), the second to the rest
             (DiT guides 3 of its 4); -1: all, and the row has no second A.
+        copies: also write e y_0 in `copy_dtype`, that many times along the batch: what the next model evaluation takes.
+        watch: also write where m was not finite before the clamp: [B, ceil(E / 1024)], 1 where a run of 1024 elements has one.
 
     Returns:
-        `results` contiguous tensors like x.
+        `results` contiguous tensors like x, then the copies [copies B, ...], then the flags, like x.
 
     Raises:
         TypeError, ValueError: dtype, shape or count outside of the above. IndexError: step, on a CPU.
 
-    Source: every step of DDIM, DDPM, DPM-Solver++, Heun and flow matching is a row of this map (`docs/samplers.md`).
+    Source: every step of the solvers in `docs/samplers.md` is a row of this map.
     """
-    wide = x.dtype
-    i = step.to(torch.int64).clamp(0, coef.shape[0] - 1)
-    row = coef.index_select(0, i.reshape(1))[0]
-    row = torch.where(step.eq(i), row, torch.nan)
-    shape = (-1,) + (1,) * (x.ndim - 1)
-    columns = iter(row.unbind(-1))
+    columns = Columns(coef, step, x)
 
-    def combine(tensors: list[Tensor]) -> Tensor:
-        total = None
-        for t in tensors:
-            term = next(columns).reshape(shape) * t.to(wide)
-            total = term if total is None else total + term
-        assert total is not None
-        return total
+    def noise(slot: int) -> Tensor:
+        assert seed is not None
+        return columns() * normal(seed, step, slot, x.shape[1:].numel()).to(x.dtype).reshape(x.shape)
 
-    m = combine(outputs)
-    if guided_channels != -1:
-        rest = combine(outputs)
-        first = torch.arange(x.shape[1], device=x.device) < guided_channels
-        m = torch.where(first.reshape((1, -1) + (1,) * (x.ndim - 2)), m, rest)
-    m = m + next(columns).reshape(shape) * x
-    m = torch.clamp(m, next(columns).reshape(shape), next(columns).reshape(shape))
-    terms = [m, x, *history, *([noise] if noise is not None else [])]
-    return [combine(terms) for _ in range(results)]
+    m = combined(columns, outputs, x, gain, guided_channels)
+    if seed is not None:
+        m = m + noise(0)
+    elements = x.shape[1:].numel()
+    runs = torch.nn.functional.pad(m.reshape(x.shape[0], elements), (0, -elements % RUN))
+    bad = ~runs.reshape(x.shape[0], -(-elements // RUN), RUN).isfinite().all(-1)
+    lo, hi = columns(), columns()
+    if bound is None:
+        m = torch.clamp(m, lo, hi)
+    else:
+        reach = torch.clamp(bound.reshape(columns.shape), lo, hi)
+        m = torch.clamp(m, -reach, reach) / reach
+    if mask is not None and known is not None:
+        share = columns() * mask
+        m = (1 - share) * m + share * known
+    made = []
+    for j in range(results):
+        y = columns.combine([m, x, *history])
+        made.append(y if seed is None else y + noise(1 + j))
+    if copies:
+        made.append((columns() * made[0]).to(COPY_DTYPES[copy_dtype]).repeat(copies, *[1] * (x.ndim - 1)))
+    return [*made, bad.to(x.dtype)] if watch else made
