@@ -70,8 +70,14 @@ def test_bundled_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert settings == {
         "model": "digits",
         "solver": "dpmpp_2m",
+        "options": {},
         "steps": 4,
+        "spacing": None,
+        "final": "zero",
+        "threshold": None,
         "guidance": 2.0,
+        "guidance_rescale": 0.0,
+        "guidance_interval": None,
         "seed": 0,
         "classes": list(range(10)),
         "per_class": 2,
@@ -133,7 +139,8 @@ def test_same_seed_same_pixels(tiny: str, tmp_path: Path) -> None:
 def test_pictures_do_not_depend_on_their_neighbours(tiny: str) -> None:
     model = load(tiny)
     sampler = Sampler("ddpm", schedule=sample.SCHEDULES["linear"]())
-    args = argparse.Namespace(steps=3, guidance=1.5, per_class=2, seed=4, quiet=True)
+    guided = {"guidance": 1.5, "guidance_rescale": 0.3, "guidance_interval": None}
+    args = argparse.Namespace(steps=3, **guided, per_class=2, seed=4, quiet=True)
     many = sample.sample(model, sampler, [3, 3, 1], args)
     few = sample.sample(model, sampler, [1], args)
     # Not to the bit: a matrix product rounds differently in another batch, and a drawn model makes much of it.
@@ -141,9 +148,39 @@ def test_pictures_do_not_depend_on_their_neighbours(tiny: str) -> None:
     assert not torch.equal(many[:2], many[2:4])  # the second line of threes goes on, it does not repeat
 
 
-def test_every_solver_is_offered(tiny: str, tmp_path: Path) -> None:
+def test_every_solver_is_offered(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for solver in SOLVERS:
-        assert small(tiny, tmp_path / "s.png", "--solver", solver, "--steps", "3") == 0, solver
+        done = small(tiny, tmp_path / "s.png", "--solver", solver, "--steps", "3")
+        assert done == (2 if solver == "consistency" else 0), solver
+    assert "consistency: expected a schedule with alpha = 1" in capsys.readouterr().err  # the model's has not
+
+
+def test_options_of_the_solver_and_of_the_run(tiny: str, tmp_path: Path) -> None:
+    """Each of them changes the picture, is written into it, and the picture's title names the solver's."""
+    out, seen = tmp_path / "s.png", {}
+    for key, value, *argv in (
+        ("options", {}),
+        ("options", {"kind": "taylor"}, "--option", "kind=taylor"),
+        (
+            "options",
+            {"lower_order_final": False, "kind": "heun"},
+            "--option",
+            "lower_order_final=false",
+            "--option",
+            "kind=heun",
+        ),
+        ("spacing", "karras", "--spacing", "karras"),
+        ("final", "sigma_min", "--final", "sigma_min"),
+        ("threshold", 0.7, "--threshold", "0.7"),
+        ("guidance_rescale", 0.7, "--guidance-rescale", "0.7"),
+        ("guidance_interval", [0.5, 5.0], "--guidance-interval", "0.5", "5"),
+    ):
+        assert small(tiny, out, "--steps", "5", *argv) == 0, argv
+        with Image.open(out) as image:
+            assert json.loads(image.info["diffkernels"])[key] == value
+            seen[str(argv)] = np.array(image).tobytes()
+    assert len(set(seen.values())) == len(seen) == 8
+    assert small(tiny, out, "--solver", "ddim", "--option", "eta=1") == 0
 
 
 def test_layout(tiny: str, tmp_path: Path) -> None:
@@ -183,6 +220,18 @@ def test_file_follows_umask_and_links(tiny: str, tmp_path: Path) -> None:
         (["--guidance", "nan"], "--guidance: expected a finite number, got nan"),
         (["--guidance=-inf"], "--guidance: expected a finite number"),
         (["--guidance", "1e38"], "--guidance: the samples are not finite"),
+        (["--option", "kind"], "--option: expected NAME=VALUE, got 'kind'"),
+        (["--option", "kind="], "--option: expected NAME=VALUE"),
+        (["--option", "eta=1"], "--option: dpmpp_2m has kind, lower_order_final, euler_at_final; got 'eta'"),
+        (["--option", "prediction=v"], "--option: dpmpp_2m has kind"),
+        (["--option", "kind=magic"], "kind: expected one of midpoint, taylor, heun; got 'magic'"),
+        (["--solver", "euler", "--option", "eta=1"], "--option: euler has none; got 'eta'"),
+        (["--solver", "ddim", "--option", "eta=much"], "--option: eta: expected a number, got 'much'"),
+        (["--solver", "ddim", "--option", "eta=2"], "eta: expected 0 to 1, got 2"),
+        (["--threshold", "1.5"], "threshold: expected q in [0, 1]"),
+        (["--spacing", "linspace", "--final", "sigma_min"], "final: 'linspace' ends at timestep 0 already"),
+        (["--guidance-rescale", "2"], "--guidance-rescale: expected 0 to 1, got 2.0"),
+        (["--guidance-interval", "2", "1"], "--guidance-interval: expected LO and HI with 0 <= LO < HI, got 2.0 1.0"),
         (["--per-class", "0"], "--per-class: expected 1 or more"),
         (["--per-class", "99999999999"], "--per-class: expected at most 4096 pictures"),
         (["--seed", "-1"], "--seed: expected 0 to"),

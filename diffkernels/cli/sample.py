@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from .. import RungError, __version__, digits, running
 from ..models import DiMR, DiT, load
 from ..models.checkpoint import describe
 from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler
+from ..sampling.schedules import FINALS
 
 BUNDLED = {"digits": "digits_dit.safetensors", "dit": "digits_dit.safetensors", "dimr": "digits_dimr.safetensors"}
 OPS = {  # what each architecture runs
@@ -53,6 +55,28 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (default: %(default)s)"
     )
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="PHI",
+        help="0 to 1: keep the contrast of the guided (default: 0)",
+    )
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide where LO < sigma / alpha <= HI alone"
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the solver, such as eta=1 (repeatable)",
+    )
+    parser.add_argument(
+        "--spacing", choices=DiscreteVP.spacings, help=f"of the noise levels (default: {DiscreteVP.spacings[0]})"
+    )
+    parser.add_argument("--final", choices=FINALS, default="zero", help="the last noise level (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, metavar="Q", help="dynamic thresholding at this quantile, 0.995 for example")
     parser.add_argument("--classes", default="0-9", help='labels, a line each: "0-9", "3,3,7" (default: %(default)s)')
     parser.add_argument("--per-class", type=int, help="pictures of each label (default: 10; 30 with --evaluate)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed makes the same pictures (default: %(default)s)")
@@ -83,6 +107,10 @@ def _run(args: argparse.Namespace) -> None:
         raise Refused(f"--steps: expected 1 or more, got {args.steps}")
     if not math.isfinite(args.guidance):
         raise Refused(f"--guidance: expected a finite number, got {args.guidance}")
+    if not 0 <= args.guidance_rescale <= 1:
+        raise Refused(f"--guidance-rescale: expected 0 to 1, got {args.guidance_rescale}")
+    if args.guidance_interval is not None and not 0 <= args.guidance_interval[0] < args.guidance_interval[1]:
+        raise Refused("--guidance-interval: expected LO and HI with 0 <= LO < HI, got {} {}".format(*args.guidance_interval))
     if args.per_class is None:
         args.per_class = 30 if args.evaluate else 10
     if args.seeds < 1:
@@ -112,14 +140,20 @@ def _run(args: argparse.Namespace) -> None:
         settings = {
             "model": args.model,
             "solver": args.solver,
+            "options": _options(args),
             "steps": args.steps,
+            "spacing": sampler.spacing,
+            "final": args.final,
+            "threshold": args.threshold,
             "guidance": args.guidance,
+            "guidance_rescale": args.guidance_rescale,
+            "guidance_interval": args.guidance_interval,
             "seed": args.seed,
             "classes": classes,
             "per_class": args.per_class,
             "nfe": nfe,
         }
-        title = f"{args.solver}   {args.steps} steps   guidance {args.guidance:g}   seed {args.seed}"
+        title = f"{' '.join([args.solver, *args.option])}   {args.steps} steps   guidance {args.guidance:g}   seed {args.seed}"
         info = PngInfo()
         info.add_text("Software", f"diffkernels {__version__}")
         info.add_text("diffkernels", json.dumps(settings))
@@ -161,22 +195,25 @@ def sample(model: DiT | DiMR, sampler: Sampler, classes: Sequence[int], args: ar
     done = []
     for i in range(0, len(y), BATCH):
         part = slice(i, i + BATCH)
-        done.append(
-            sampler(
+        try:
+            pictures = sampler(
                 model,
                 noise[part],
                 steps=args.steps,
                 guidance=args.guidance,
+                guidance_rescale=args.guidance_rescale,
+                guidance_interval=args.guidance_interval,
                 cond={"y": y[part]},
                 uncond=None if null is None else {"y": null[part]},
                 generator=generators[part],
                 progress=not args.quiet,
             )
-        )
-    pictures = torch.cat(done)
-    if not pictures.isfinite().all():
-        raise Refused(f"--guidance: the samples are not finite at {args.guidance}; take one nearer to 1")
-    return pictures
+        except FloatingPointError as error:
+            raise Refused(
+                f"--guidance: the samples are not finite at {args.guidance}; take one nearer to 1 ({error})"
+            ) from error
+        done.append(pictures)
+    return torch.cat(done)
 
 
 def sheet(pictures: Tensor, classes: Sequence[int], title: str) -> Image.Image:
@@ -282,7 +319,28 @@ def _sampler(args: argparse.Namespace, about: dict[str, Any]) -> Sampler:
             f"--model: {args.model}: expected a prediction among {', '.join(PREDICTIONS)} and a schedule among "
             f"{', '.join(SCHEDULES)}; got {prediction!r} and {schedule!r}"
         )
-    return Sampler(args.solver, schedule=SCHEDULES[schedule](), prediction=prediction)
+    options, settings = _options(args), {"threshold": args.threshold, "spacing": args.spacing, "final": args.final}
+    return Sampler(args.solver, schedule=SCHEDULES[schedule](), prediction=prediction, **settings, **options)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The solver's options: numbers, true, false, or words."""
+    parameters = inspect.signature(SOLVERS[args.solver]).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    options: dict[str, Any] = {}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise Refused(f"--option: expected NAME=VALUE, got {text!r}")
+        if name not in defaults:
+            raise Refused(f"--option: {args.solver} has {', '.join(defaults) or 'none'}; got {name!r}")
+        try:
+            options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            options[name] = {"true": True, "false": False}.get(value.lower(), value)
+            if isinstance(options[name], str) and type(defaults[name]) in (int, float):
+                raise Refused(f"--option: {name}: expected a number, got {value!r}") from None
+    return options
 
 
 class _Written:
@@ -324,7 +382,7 @@ def _tell(args: argparse.Namespace, model: DiT | DiMR, path: Path, nfe: int, ms:
 
     rows = {
         "model": args.model,
-        "solver": f"{args.solver}, {args.steps} steps, guidance {args.guidance:g}",
+        "solver": f"{' '.join([args.solver, *args.option])}, {args.steps} steps, guidance {args.guidance:g}",
         "evaluations": f"{nfe}" + (", each of a doubled batch (guidance)" if args.guidance != 1 else ""),
         **{op: f"rung {running(op)}" for op in OPS[type(model)]},
         "time": f"{ms:.1f} ms an image ({count} images)",

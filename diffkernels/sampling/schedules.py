@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .plan import Level
+
 Array = npt.NDArray[np.float64]
 FINALS = ("zero", "sigma_min")
 
@@ -29,6 +31,7 @@ class Grid:
         scale: [N + 1] float64, k such that x / k follows EDM's ODE d(x/k)/ds = (x/k - x0)/s in s = sigma / k. It is alpha
             for VP (s is then k-diffusion's sigma), and 1 for EDM (s = sigma) and for flows (s = t).
         init_scale: what standard normal noise is multiplied with to start at level 0.
+        schedule: what the levels were taken from, for solvers that evaluate between them; None for a grid of one's own.
 
     Raises ValueError if the arrays are not of one length of at least 2, or log(alpha / sigma) does not strictly increase.
     """
@@ -38,6 +41,7 @@ class Grid:
     time: npt.NDArray[Any]
     scale: Array
     init_scale: float = 1.0
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         n = len(self.sigma)
@@ -60,12 +64,27 @@ class Grid:
         with np.errstate(divide="ignore"):
             return np.log(self.alpha) - np.log(self.sigma)
 
+    def level(self, i: int) -> Level:
+        """Level i as numbers."""
+        return Level(float(self.alpha[i]), float(self.sigma[i]), float(self.time[i]))
+
+    def between(self, lam: float) -> Level:
+        """The level at which log(alpha / sigma) = lam. Raises ValueError for a grid of no schedule, and beyond its noisiest."""
+        if self.schedule is None:
+            raise ValueError(
+                "steps: this solver evaluates between the grid's levels; expected a grid of a schedule, got a Grid"
+            )
+        t = self.schedule.time_at(lam)
+        if abs(float(self.schedule.lam(t)) - lam) > 1e-6 * max(1.0, abs(lam)):
+            raise ValueError(f"lam: expected the log(alpha / sigma) of a level that the schedule has, got {lam:g}")
+        return Level(float(self.schedule.alpha(t)), float(self.schedule.sigma(t)), float(self.schedule.model_time(t)))
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """What all schedules share: alpha(t), sigma(t), lam(t), its inverse, and `grid(steps)`. Times fall while sampling."""
 
-    spacings: ClassVar[tuple[str, ...]] = ("uniform", "logsnr", "karras")  # the first is the default
+    spacings: ClassVar[tuple[str, ...]] = ("uniform", "logsnr", "exponential", "karras", "quadratic")  # the first: default
 
     def alpha(self, t: npt.ArrayLike) -> Array:
         """Signal scale at times t, like t, float64."""
@@ -97,8 +116,10 @@ class Schedule:
         first, last = self._range()
         if spacing == "uniform":
             return np.linspace(first, last, n)
+        if spacing == "quadratic":  # DPM-Solver's time_quadratic
+            return np.linspace(np.sqrt(first), np.sqrt(last), n) ** 2
         lam_first, lam_last = float(self.lam(first)), float(self.lam(last))
-        if spacing == "logsnr":
+        if spacing in ("logsnr", "exponential"):  # even in log(sigma / alpha): one thing under two names
             t = self.time_at(np.linspace(lam_first, lam_last, n))
         else:  # Karras et al., arXiv 2206.00364, eq. 5, in sigma / alpha
             rho = getattr(self, "rho", 7.0)
@@ -119,13 +140,15 @@ class Schedule:
     def _init_scale(self, sigma: float) -> float:
         return 1.0  # VP: alpha^2 + sigma^2 = 1, and data of unit variance
 
-    def grid(self, steps: int, spacing: str | None = None, final: str = "zero") -> Grid:
+    def grid(self, steps: int, spacing: str | None = None, final: str = "zero", start: float | None = None) -> Grid:
         """The noise levels of `steps` solver steps.
 
         Args:
             steps: >= 1.
             spacing: one of `self.spacings`; None: the first of them.
             final: "zero" ends at exactly sigma = 0; "sigma_min" at the schedule's smallest noise.
+            start: begin in the middle, at the first of these levels whose time is at most this: there are then fewer steps.
+                For a start from data (SDEdit, arXiv 2108.01073).
 
         Raises:
             TypeError, ValueError: an argument outside of the above.
@@ -141,10 +164,14 @@ class Schedule:
         if final not in FINALS:
             raise ValueError(f"final: expected one of {', '.join(FINALS)}; got {final!r}")
         t = self._times(steps, spacing, final)
+        if start is not None:
+            t = t[t <= start]
+            if len(t) < (1 if final == "zero" else 2):
+                raise ValueError(f"start: no level of {steps} {spacing} steps is at or below time {start}")
         alpha, sigma, time = self.alpha(t), self.sigma(t), self.model_time(t)
         if final == "zero":
             alpha, sigma, time = np.append(alpha, 1.0), np.append(sigma, 0.0), np.append(time, time.dtype.type(0))
-        return Grid(alpha, sigma, time, self._scale(alpha), self._init_scale(float(sigma[0])))
+        return Grid(alpha, sigma, time, self._scale(alpha), self._init_scale(float(sigma[0])), self)
 
 
 class _VP(Schedule):
@@ -236,7 +263,8 @@ class DiscreteVP(_VP):
         trailing, leading, linspace: as in diffusers' DDIMScheduler (Lin et al., arXiv 2305.08891, table 2);
         dpm_linspace, dpm_leading: what its DPMSolverMultistepScheduler means by these names: one more, without timestep 0;
         spaced: the integer grid of the spaced sampler of guided-diffusion and DiT, rounded as it rounds;
-        logsnr, karras: even in lam, or rho = 7, between both ends: fractional timesteps.
+        lcm: latent consistency models' (arXiv 2310.04378): of 50 even timesteps, every so many;
+        logsnr (= exponential), karras, quadratic: even in lam, rho = 7, or even in sqrt t, between both ends: fractional.
 
     Args:
         alphas_cumprod: [T], falling, in (0, 1); the last may be 0 (zero terminal SNR; the fractional spacings then refuse).
@@ -252,8 +280,11 @@ class DiscreteVP(_VP):
         "dpm_linspace",
         "dpm_leading",
         "spaced",
+        "lcm",
         "logsnr",
+        "exponential",
         "karras",
+        "quadratic",
     )
     alphas_cumprod: Sequence[float] | Array | torch.Tensor
     steps_offset: int = 0
@@ -326,7 +357,7 @@ class DiscreteVP(_VP):
         total = len(self._table)
         if steps > total:
             raise ValueError(f"steps: expected at most the {total} trained timesteps, got {steps}")
-        if spacing in ("logsnr", "karras"):
+        if spacing in ("logsnr", "exponential", "karras", "quadratic"):
             return super()._times(steps, spacing, final)
         if spacing == "trailing":
             # a float step may overshoot by one element, which would round to timestep -1
@@ -337,6 +368,11 @@ class DiscreteVP(_VP):
             t = np.arange(steps + 1)[:0:-1] * (total // (steps + 1)) + float(self.steps_offset)
         elif spacing == "linspace":
             t = np.round(np.linspace(0, total - 1, steps))[::-1]
+        elif spacing == "lcm":
+            origin = np.arange(1, 51)[::-1] * (total // 50) - 1
+            if steps > len(origin):
+                raise ValueError(f"steps: lcm has 50 timesteps to choose from, got {steps}")
+            t = origin[np.floor(np.linspace(0, 50, steps, endpoint=False)).astype(np.int64)].astype(np.float64)
         elif spacing == "dpm_linspace":
             t = np.round(np.linspace(0, total - 1, steps + 1))[:0:-1]
         else:  # spaced: the stride is accumulated in floating point, then rounded half to even
@@ -353,14 +389,15 @@ class DiscreteVP(_VP):
 class EDM(Schedule):
     """alpha = 1, sigma = t, rho-spaced (Karras et al., arXiv 2206.00364, eq. 5). The model's time is sigma.
 
-    A model is EDM's denoiser D(x, sigma), preconditioning included: use prediction="x0".
-    Args: sigma_min, sigma_max, rho: the grid; its end after sigma_min is exactly 0.
+    A model is EDM's denoiser D(x, sigma), preconditioning included (prediction "x0"), or the network F in it ("edm").
+    Args: sigma_min, sigma_max, rho: the grid; its end after sigma_min is exactly 0. sigma_data: F's preconditioning.
     """
 
-    spacings: ClassVar[tuple[str, ...]] = ("karras", "logsnr", "uniform")
+    spacings: ClassVar[tuple[str, ...]] = ("karras", "logsnr", "exponential", "uniform")
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    sigma_data: float = 0.5
 
     def alpha(self, t: npt.ArrayLike) -> Array:
         return np.ones_like(t, dtype=np.float64)
