@@ -83,7 +83,7 @@ def test_bench_measures_writes_and_merges(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["attention"], "dimr-xl-forward; got 'attention'"),
+        (["attention"], "schedulers; got 'attention'"),
         (["--dtype", "f64"], "--dtype: expected one of f32, f16, bf16; got 'f64'"),
         (["--rung", "fast"], "rung: expected one of"),
         (["--rung", "sm90"], "sm90"),

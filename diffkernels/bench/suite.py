@@ -20,12 +20,11 @@ from torch.utils import _pytree as pytree
 from .. import _C, _ladder
 from .._case import Case, Draw
 from .._op import OPS, Op
-from . import dimr, oracle
+from . import dimr, oracle, schedulers
 from .timing import measure
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 FORMAT = 1
-MODELS = {"dimr-xl-forward": dimr.contenders}  # by name only: each needs gigabytes
 
 
 def cases(ops: list[str] | None = None, dtypes: list[str] | None = None) -> list[tuple[Op, Case, str]]:
@@ -106,15 +105,15 @@ def run(
     return row
 
 
-def forward(name: str, seconds: float = 5.0) -> dict[str, Any]:
+def dimr_forward(seconds: float = 5.0) -> Iterator[dict[str, Any]]:
     """A whole model's forward pass, everything but its GEMMs and its attention, beside the same in plain PyTorch."""
-    contenders, shape = MODELS[name]()
+    name, (contenders, shape) = "dimr-xl-forward", dimr.contenders()
     with torch.no_grad():
         got, exact = (torch.as_tensor(contenders[name]()) for name in ("ours", "eager"))
         with dimr.without_products():
             timing = measure(contenders, seconds)
     ratio, low, high = timing.ratio("eager", "ours")
-    return {
+    yield {
         "op": name,
         "case": "all but GEMMs and attention",
         "model": name,
@@ -126,6 +125,13 @@ def forward(name: str, seconds: float = 5.0) -> dict[str, Any]:
         "difference": ((got - exact).abs().max() / exact.abs().max()).item(),  # of the whole forward, from eager's
         "peers": {"eager": {"us": timing.median("eager") * 1e6, "ratio": ratio, "ratio_95": [low, high]}},
     }
+
+
+# Rows that belong to no op, by name only: they need gigabytes, or a package that is no dependency.
+MODELS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
+    "dimr-xl-forward": dimr_forward,
+    "schedulers": schedulers.rows,
+}
 
 
 def overhead(seconds: float = 2.0) -> dict[str, Any]:
@@ -238,7 +244,7 @@ def all_rows(
     """The rows one by one, so that what was measured survives an interruption."""
     yield overhead(seconds)
     for name in models or []:
-        yield forward(name, seconds)
+        yield from MODELS[name](seconds)
     for op, case, dtype in chosen:
         yield run(op, case, dtype, rung, seconds)
         if case.backward:

@@ -69,7 +69,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="median of interleaved rounds; × with its 95 % interval; error relative to the largest result")
-    for name in ("op", "shape", "dtype", "rung", "µs", "GB/s", "% of copy", "× eager", "× compile", "error", "eager's"):
+    for name in ("op", "shape", "dtype", "rung", "µs", "GB/s", "% of copy", "× eager", "× compile", "× other", "error", "its"):
         table.add_column(name, justify="left" if name in ("op", "shape", "dtype", "rung") else "right", no_wrap=True)
     for row in rows:
         peers = row["peers"]
@@ -79,6 +79,9 @@ def _table(rows: list[dict[str, Any]]) -> None:
                 return ""
             low, high = peers[name]["ratio_95"]
             return f"{peers[name]['ratio']:.2f} [dim]{low:.2f}–{high:.2f}[/dim]"
+
+        other = next((name for name in peers if name not in ("eager", "compile") and "ratio" in peers[name]), "")
+        compared = peers.get("eager", peers.get(other, {})).get("error")
 
         timed = "gb_per_s" in row
         table.add_row(
@@ -91,7 +94,8 @@ def _table(rows: list[dict[str, Any]]) -> None:
             f"{row['percent_of_copy']:.0f}" if timed else "",
             times("eager"),
             times("compile"),
-            f"{row['error']:.1e}" if timed else "",
-            f"{peers['eager']['error']:.1e}" if peers.get("eager", {}).get("error") is not None else "",
+            f"{times(other)} {other}" if other else "",
+            f"{row['error']:.1e}" if "error" in row else "",
+            f"{compared:.1e}" if compared is not None else "",
         )
-    Console(highlight=False, width=150 if not sys.stdout.isatty() else None).print(table)
+    Console(highlight=False, width=180 if not sys.stdout.isatty() else None).print(table)
