@@ -329,3 +329,16 @@ def test_full_disk_is_a_line(
     assert small(tiny, tmp_path / "s.png") == 2
     assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_adaptive_steps(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one solver that is no row of SOLVERS: what it took is in the picture, what it can't take is refused."""
+    out = tmp_path / "a.png"
+    adaptive = ["--solver", "dpm_adaptive", "--classes", "0", "--per-class", "1"]
+    assert small(tiny, out, *adaptive, "--option", "rtol=0.5", "--guidance", "1") == 0
+    with Image.open(out) as image:
+        settings = json.loads(image.info["diffkernels"])
+    assert settings["options"] == {"rtol": 0.5} and settings["nfe"] > 3
+    for wrong in (["--spacing", "logsnr"], ["--guidance-interval", "0", "1"], ["--option", "schedule=1"]):
+        assert small(tiny, out, *adaptive, *wrong) == 2
+        assert capsys.readouterr().err.startswith(f"diffkernels sample: {wrong[0]}")

@@ -1,16 +1,15 @@
 // The q-quantile of |m| in every sample, m = gain sum_g A_g p_g + a x
 //
 // Idea: positive floats are ordered as their bits are, so the order statistic is found by three histograms, of 11, 10 and
-// 10 bits, each of the elements that share the bits found so far; m is made anew for each and never written. The next one up
-// lies in the last histogram or is the least of what lies above it. A short sample is one block's, and its histograms stay in
-// shared memory. Of a long one each block counts a chunk and adds its counts to the sample's; the block that comes last goes
-// a level down. Counts are exact, so the order of blocks changes nothing. A step outside of the table gives NaN. Takes:
-// outputs float32, float16 or bfloat16, alike; the rest float32; any strides; q in [0, 1]. Floor: three walks of outputs and
-// x, two of them through L2 where it holds them. Compile: nvcc -std=c++20 -arch=sm_90 -DDK_RUNG=cuda -Icsrc -Xptxas -v -c
-// csrc/cuda/row_abs_quantile.cu
+// 10 bits, each of the elements that share the bits found so far; m is made anew for each and never written. The next one
+// up lies in the last histogram or is the least of what lies above it. A short sample is one block's, and its histograms
+// stay in shared memory. Of a long one each block counts a chunk and adds its counts to the sample's; the block that comes
+// last goes a level down. Counts are exact, so the order of blocks changes nothing. A step outside of the table gives NaN.
+// Takes: outputs float32, float16 or bfloat16, alike; the rest float32; any strides; q in [0, 1]. Floor: three walks of
+// outputs and x, two of them through L2 where it holds them.
+// Compile: nvcc -std=c++20 -arch=sm_90 -DDK_RUNG=cuda -Icsrc -Xptxas -v -c csrc/cuda/row_abs_quantile.cu
 #include "../dispatch.h"
 #include "../solver.h"
-#include "samples.cuh"
 #include "tile.cuh"
 
 namespace dk {
@@ -18,20 +17,28 @@ namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32, kVector = 4;
 constexpr int kLevels = 3, kBins = 1 << 11;               // 11, 10 and 10 of the 31 bits that |m| has
-constexpr int64_t kAlone = 32 * 1024, kChunk = 8 * 1024;  // elements of a sample that is one block's; of a chunk of any other
+constexpr int64_t kAlone = 32 * 1024, kChunk = 8 * 1024;  // elements of one block's sample; of a chunk of a longer one
 constexpr uint32_t kInfinity = 0x7f800000u, kNan = 0x7fffffffu;
 
 // What blocks leave for each other of a long sample. All of it begins as 0.
-struct Shared {
+struct Progress {
     uint32_t count[kLevels][kBins], done[kLevels];
     uint32_t least;         // bits of the least |m| above the last histogram, inverted
     uint32_t prefix, rank;  // the bits found so far, and the rank among those that share them
 };
 
+// A tensor [B, ...] as samples of E elements.
+struct Samples {
+    const void* data;
+    Rows inner;      // where element e lies
+    int64_t sample;  // from one sample to the next
+    bool straight;   // contiguous within a sample: element e lies at e
+};
+
 struct Device {
     Samples output[kMaxOutputs], x;
     float* out;
-    Shared* shared;
+    Progress* progress;
     const int32_t* step;
     const float *coef, *gain;
     int64_t table, coef_step, coef_sample, coef_column, gain_sample;
@@ -86,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) look(const __grid_constant__ Device 
     const uint32_t b = blockIdx.x / d.chunks, chunk = blockIdx.x - b * d.chunks;
     const bool alone = d.chunks == 1;
     const int64_t begin = chunk * kChunk, end = alone || d.elements - begin < kChunk ? d.elements : begin + kChunk;
-    Shared* const sample = alone ? nullptr : d.shared + b;
+    Progress* const sample = alone ? nullptr : d.progress + b;
     const int rows = d.outputs * (d.two_rows ? 2 : 1);
     if (tid <= rows) {
         const int32_t step = *d.step;
@@ -169,11 +176,26 @@ __global__ void __launch_bounds__(kThreads) look(const __grid_constant__ Device 
     }
 }
 
+Samples samples(const View& t) {
+    Samples s{};
+    s.data = t.data;
+    s.sample = t.stride[0];
+    s.straight = t.contiguous(1);
+    for (int k = 1; k < t.ndim; ++k)
+        if (t.shape[k] != 1) s.inner.push(t.shape[k], t.stride[k]);
+    return s;
+}
+
+bool whole_vectors(const View& t, int64_t elements) {
+    const bool aligned = reinterpret_cast<uintptr_t>(t.data) % (kVector * size_of(t.dtype)) == 0;
+    return aligned && t.contiguous(1) && elements % kVector == 0 && (t.shape[0] == 1 || t.stride[0] % kVector == 0);
+}
+
 int64_t chunks_of(int64_t elements) { return elements <= kAlone ? 1 : (elements + kChunk - 1) / kChunk; }
 
 int64_t bytes(Stream, View, Views, View x, View, View, Optional, double, int64_t) {
     if (x.ndim < 1 || x.numel() == 0 || chunks_of(x.numel() / x.shape[0]) == 1) return 0;
-    return x.shape[0] * static_cast<int64_t>(sizeof(Shared));
+    return x.shape[0] * static_cast<int64_t>(sizeof(Progress));
 }
 
 Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View coef, View step, Optional gain, double q,
@@ -184,11 +206,11 @@ Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View co
     if (!(q >= 0 && q <= 1) || c.elements == 0) return "q: not 0 to 1, or no elements";
     if (c.elements > 0x7fffffff) return "more than 2^31 - 1 elements a sample";
     Device d{};
-    bool vectors = whole_vectors(x, c.elements, kVector);
+    bool vectors = whole_vectors(x, c.elements);
     d.x = samples(x);
     for (int g = 0; g < c.outputs; ++g) {
         d.output[g] = samples(c.output[g]);
-        vectors = vectors && whole_vectors(c.output[g], c.elements, kVector);
+        vectors = vectors && whole_vectors(c.output[g], c.elements);
     }
     const int64_t blocks = c.batch * chunks_of(c.elements);
     if (blocks == 0) return nullptr;
@@ -197,7 +219,7 @@ Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View co
     d.rank = static_cast<uint32_t>(place);
     d.fraction = static_cast<float>(place - d.rank);
     d.out = static_cast<float*>(out.data);
-    d.shared = static_cast<Shared*>(stream.scratch);
+    d.progress = static_cast<Progress*>(stream.scratch);
     d.step = static_cast<const int32_t*>(step.data);
     d.table = coef.shape[0];
     d.coef = c.coef, d.coef_step = coef.stride[0], d.coef_sample = c.coef_sample, d.coef_column = c.coef_column;
@@ -218,7 +240,7 @@ Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View co
             levels(0, kLevels);
             return nullptr;
         }
-        cudaMemsetAsync(d.shared, 0, c.batch * sizeof(Shared), queue);
+        cudaMemsetAsync(d.progress, 0, c.batch * sizeof(Progress), queue);
         for (int level = 0; level < kLevels; ++level) levels(level, level + 1);
         return nullptr;
     });

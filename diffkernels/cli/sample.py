@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import RungError, __version__, digits, running
 from ..models import DiMR, DiT, load
 from ..models.checkpoint import describe
-from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler
+from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler, dpm_adaptive
 from ..sampling.schedules import FINALS
 
 BUNDLED = {"digits": "digits_dit.safetensors", "dit": "digits_dit.safetensors", "dimr": "digits_dimr.safetensors"}
@@ -42,6 +42,10 @@ PAPER, GROUND, INK, FADED = (250, 247, 241), (255, 254, 251), (24, 33, 58), (128
 CELL, GAP, MARGIN, WIDE = 70, 6, 28, 16  # pixels; pictures in a line
 
 
+ADAPTIVE = "dpm_adaptive"  # chooses its own steps
+ADAPTIVE_OPTIONS = ("order", "predict", "kind", "atol", "rtol", "theta", "h_init")
+
+
 class Refused(ValueError):
     """What was asked for can't be done; the text says why, in a line."""
 
@@ -50,7 +54,7 @@ def register(subparsers: Any) -> None:
     """Adds the subcommand to argparse's `subparsers`; its namespace holds `run`."""
     parser = subparsers.add_parser("sample", help="make pictures with a small diffusion model", description=__doc__)
     parser.add_argument("--model", default="digits", help=f"{', '.join(BUNDLED)}, or a .safetensors file (default: digits)")
-    parser.add_argument("--solver", default="dpmpp_2m", choices=list(SOLVERS), help="default: %(default)s")
+    parser.add_argument("--solver", default="dpmpp_2m", choices=[*SOLVERS, ADAPTIVE], help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default: %(default)s)")
     parser.add_argument(
         "--guidance", type=float, default=2.0, help="classifier-free guidance; 1 is none (default: %(default)s)"
@@ -129,14 +133,14 @@ def _run(args: argparse.Namespace) -> None:
     if args.guidance != 1 and model.null_class is None:
         raise Refused(f"--guidance: {args.model} was trained without label dropout: only 1 works, got {args.guidance}")
     sampler = _sampler(args, about)
-    nfe = sampler.nfe(args.steps)
+    sampler.nfe(args.steps)  # wrong steps are known now
     if args.evaluate:
         return _evaluate(model, about, sampler, classes, args)
 
     with _Written(args.out) as out:  # before the work: an unwritable path is known now
         start = time.perf_counter()
         pictures = sample(model, sampler, classes, args)
-        seconds = time.perf_counter() - start
+        seconds, nfe = time.perf_counter() - start, sampler.nfe(args.steps)
         settings = {
             "model": args.model,
             "solver": args.solver,
@@ -153,7 +157,7 @@ def _run(args: argparse.Namespace) -> None:
             "per_class": args.per_class,
             "nfe": nfe,
         }
-        title = f"{' '.join([args.solver, *args.option])}   {args.steps} steps   guidance {args.guidance:g}   seed {args.seed}"
+        title = f"{' '.join([args.solver, *args.option])}   {_steps(args)}   guidance {args.guidance:g}   seed {args.seed}"
         info = PngInfo()
         info.add_text("Software", f"diffkernels {__version__}")
         info.add_text("diffkernels", json.dumps(settings))
@@ -175,7 +179,7 @@ def parse_classes(text: str) -> list[int]:
     return classes
 
 
-def sample(model: DiT | DiMR, sampler: Sampler, classes: Sequence[int], args: argparse.Namespace) -> Tensor:
+def sample(model: DiT | DiMR, sampler: Sampler | _Adaptive, classes: Sequence[int], args: argparse.Namespace) -> Tensor:
     """[len(classes) · per_class, C, H, W] float32, a class after the other.
 
     Picture j of a class depends on the seed, the class and j only, not on what else is on the sheet.
@@ -260,7 +264,9 @@ def _tiles(pictures: Tensor) -> np.ndarray:
     return (255 * light).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def _evaluate(model: DiT | DiMR, about: dict[str, Any], sampler: Sampler, classes: list[int], args: argparse.Namespace) -> None:
+def _evaluate(
+    model: DiT | DiMR, about: dict[str, Any], sampler: Sampler | _Adaptive, classes: list[int], args: argparse.Namespace
+) -> None:
     """Prints the judge's accuracy and the Fréchet distance, mean and spread over the seeds."""
     if "scikit-learn digits" not in str(about.get("data", "")) or model.sample_shape != (1, 8, 8):
         raise Refused(f"--evaluate: the judge knows scikit-learn's digits only; {args.model} was not trained on them")
@@ -283,7 +289,7 @@ def _evaluate(model: DiT | DiMR, about: dict[str, Any], sampler: Sampler, classe
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{args.model}: {args.solver}, {args.steps} steps, guidance {args.guidance:g}, {len(labels)} pictures a seed"
+    title = f"{args.model}: {args.solver}, {_steps(args)}, guidance {args.guidance:g}, {len(labels)} pictures a seed"
     ran = None if args.quiet else ", ".join(f"{op}: {running(op)}" for op in OPS[type(model)])
     table = Table("", "read as meant", "Fréchet distance to the training images", title=title, caption=ran)
     for seed, (accuracy, distance) in enumerate(found, start=args.seed):
@@ -292,6 +298,10 @@ def _evaluate(model: DiT | DiMR, about: dict[str, Any], sampler: Sampler, classe
     table.add_row("mean ± deviation", f"{100 * a:.1f} ± {100 * b:.1f} %", f"{c:.2f} ± {d:.2f}")
     table.add_row(f"{judge.held} real digits, held out", f"{100 * judge.real[0]:.1f} %", f"{judge.real[1]:.2f}")
     Console(highlight=False, width=110).print(table)
+
+
+def _steps(args: argparse.Namespace) -> str:
+    return "adaptive steps" if args.solver == ADAPTIVE else f"{args.steps} steps"
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
@@ -312,7 +322,25 @@ def _model(name: str) -> tuple[DiT | DiMR, dict[str, Any]]:
     return model, describe(path).get("about", {})
 
 
-def _sampler(args: argparse.Namespace, about: dict[str, Any]) -> Sampler:
+class _Adaptive:
+    """`dpm_adaptive`, called as a Sampler is; how many evaluations that takes is known afterwards."""
+
+    spacing = None
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings, self.evaluations = settings, 0
+
+    def nfe(self, steps: int) -> int:
+        return self.evaluations
+
+    def __call__(self, model: Any, noise: Tensor, **call: Any) -> Tensor:
+        known = {name: call[name] for name in ("guidance", "guidance_rescale", "cond", "uncond")}
+        made = dpm_adaptive(model, noise, **known, **self.settings)
+        self.evaluations = max(self.evaluations, made.nfe)
+        return made.samples
+
+
+def _sampler(args: argparse.Namespace, about: dict[str, Any]) -> Sampler | _Adaptive:
     prediction, schedule = about.get("prediction", "eps"), about.get("schedule", "linear")
     if prediction not in PREDICTIONS or schedule not in SCHEDULES:
         raise Refused(
@@ -320,13 +348,22 @@ def _sampler(args: argparse.Namespace, about: dict[str, Any]) -> Sampler:
             f"{', '.join(SCHEDULES)}; got {prediction!r} and {schedule!r}"
         )
     options, settings = _options(args), {"threshold": args.threshold, "spacing": args.spacing, "final": args.final}
+    if args.solver == ADAPTIVE:
+        for name in ("spacing", "guidance_interval"):
+            if getattr(args, name) is not None:
+                raise Refused(f"--{name.replace('_', '-')}: {ADAPTIVE} has none, as it chooses its own steps")
+        del settings["spacing"]
+        return _Adaptive(schedule=SCHEDULES[schedule](), prediction=prediction, **settings, **options)
     return Sampler(args.solver, schedule=SCHEDULES[schedule](), prediction=prediction, **settings, **options)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The solver's options: numbers, true, false, or words."""
-    parameters = inspect.signature(SOLVERS[args.solver]).parameters.values()
+    solver = dpm_adaptive if args.solver == ADAPTIVE else SOLVERS[args.solver]
+    parameters = inspect.signature(solver).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if args.solver == ADAPTIVE:
+        defaults = {name: defaults[name] for name in ADAPTIVE_OPTIONS}
     options: dict[str, Any] = {}
     for text in args.option:
         name, equals, value = text.partition("=")
@@ -382,7 +419,7 @@ def _tell(args: argparse.Namespace, model: DiT | DiMR, path: Path, nfe: int, ms:
 
     rows = {
         "model": args.model,
-        "solver": f"{' '.join([args.solver, *args.option])}, {args.steps} steps, guidance {args.guidance:g}",
+        "solver": f"{' '.join([args.solver, *args.option])}, {_steps(args)}, guidance {args.guidance:g}",
         "evaluations": f"{nfe}" + (", each of a doubled batch (guidance)" if args.guidance != 1 else ""),
         **{op: f"rung {running(op)}" for op in OPS[type(model)]},
         "time": f"{ms:.1f} ms an image ({count} images)",
