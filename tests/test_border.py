@@ -178,7 +178,8 @@ def test_a_kernel_refuses_rather_than_reads_outside() -> None:
     step = kernels["cpu", "solver_step"]
     coef = torch.zeros(2, 1, 6)
     for bad in (-1, 2, 2**31 - 1):
-        assert "step" in step([y], [x], x, [], coef, torch.tensor(bad, dtype=torch.int32), None, 1, -1)
+        at, none = torch.tensor(bad, dtype=torch.int32), [None] * 5
+        assert "step" in step([y], [x], x, [], coef, at, *none, 1, -1, 0, "float32", False)
 
 
 def test_equal_columns_have_no_negative_variance() -> None:
@@ -291,6 +292,7 @@ STEP = {
     "coef": torch.zeros(3, 1, 6),
     "step": torch.tensor(1, dtype=torch.int32),
 }
+WIDE = {"coef": torch.zeros(3, 1, 9)}
 BAD = [
     ("norm_modulate", {"x": X.numpy()}, TypeError, "x: expected a torch.Tensor, got ndarray"),
     ("norm_modulate", {"x": X.int()}, TypeError, r"x: expected float32.*got torch.int32"),
@@ -316,13 +318,18 @@ BAD = [
     ("solver_step", STEP | {"outputs": [X[:1]]}, ValueError, r"outputs\[0\]: expected x's shape"),
     ("solver_step", STEP | {"outputs": [X, X.half()]}, TypeError, r"outputs\[1\]: expected the dtype of outputs\[0\]"),
     ("solver_step", STEP | {"x": X.half()}, TypeError, "x: the sampler's state is float32"),
-    ("solver_step", STEP | {"history": [X.half()]}, TypeError, r"history\[0\]: expected x's dtype"),
-    ("solver_step", STEP | {"noise": X[:1]}, ValueError, "noise: expected x's shape"),
+    ("solver_step", STEP | {"history": [X.half()], **WIDE}, TypeError, r"history\[0\]: expected x's dtype"),
+    ("solver_step", STEP | {"mask": X[:1], "known": X, **WIDE}, ValueError, "mask: expected x's shape"),
+    ("solver_step", STEP | {"mask": X, **WIDE}, ValueError, "known: expected both of mask and known"),
+    ("solver_step", STEP | {"gain": X[:, 0, 0].double()}, TypeError, "gain: expected x's dtype"),
+    ("solver_step", STEP | {"bound": X}, ValueError, r"bound: expected \[2\], one a sample"),
+    ("solver_step", STEP | {"copies": 5, **WIDE}, ValueError, "copies: expected 0 to 4, got 5"),
+    ("solver_step", STEP | {"copies": 1, "copy_dtype": "int8", **WIDE}, ValueError, "copy_dtype: expected one of float32"),
     (
         "solver_step",
-        STEP | {"coef": torch.zeros(3, 1, 7)},
+        STEP | {"coef": torch.zeros(3, 1, 5)},
         ValueError,
-        r"coef: expected shape \[T, 2 or 1, 6\], got \[3, 1, 7\]",
+        r"coef: expected shape \[T, 2 or 1, 6 or more\], got \[3, 1, 5\]",
     ),
     ("solver_step", STEP | {"step": torch.tensor(1)}, TypeError, "step: expected a 0-dim int32 tensor"),
     ("solver_step", STEP | {"step": torch.tensor(3, dtype=torch.int32)}, IndexError, "step: expected 0 <= step < 3"),

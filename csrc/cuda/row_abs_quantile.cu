@@ -10,6 +10,7 @@
 // Compile: nvcc -std=c++20 -arch=sm_90 -DDK_RUNG=cuda -Icsrc -Xptxas -v -c csrc/cuda/row_abs_quantile.cu
 #include "../dispatch.h"
 #include "../solver.h"
+#include "samples.cuh"
 #include "tile.cuh"
 
 namespace dk {
@@ -25,14 +26,6 @@ struct Progress {
     uint32_t count[kLevels][kBins], done[kLevels];
     uint32_t least;         // bits of the least |m| above the last histogram, inverted
     uint32_t prefix, rank;  // the bits found so far, and the rank among those that share them
-};
-
-// A tensor [B, ...] as samples of E elements.
-struct Samples {
-    const void* data;
-    Rows inner;      // where element e lies
-    int64_t sample;  // from one sample to the next
-    bool straight;   // contiguous within a sample: element e lies at e
 };
 
 struct Device {
@@ -176,21 +169,6 @@ __global__ void __launch_bounds__(kThreads) look(const __grid_constant__ Device 
     }
 }
 
-Samples samples(const View& t) {
-    Samples s{};
-    s.data = t.data;
-    s.sample = t.stride[0];
-    s.straight = t.contiguous(1);
-    for (int k = 1; k < t.ndim; ++k)
-        if (t.shape[k] != 1) s.inner.push(t.shape[k], t.stride[k]);
-    return s;
-}
-
-bool whole_vectors(const View& t, int64_t elements) {
-    const bool aligned = reinterpret_cast<uintptr_t>(t.data) % (kVector * size_of(t.dtype)) == 0;
-    return aligned && t.contiguous(1) && elements % kVector == 0 && (t.shape[0] == 1 || t.stride[0] % kVector == 0);
-}
-
 int64_t chunks_of(int64_t elements) { return elements <= kAlone ? 1 : (elements + kChunk - 1) / kChunk; }
 
 int64_t bytes(Stream, View, Views, View x, View, View, Optional, double, int64_t) {
@@ -206,11 +184,11 @@ Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View co
     if (!(q >= 0 && q <= 1) || c.elements == 0) return "q: not 0 to 1, or no elements";
     if (c.elements > 0x7fffffff) return "more than 2^31 - 1 elements a sample";
     Device d{};
-    bool vectors = whole_vectors(x, c.elements);
+    bool vectors = whole_vectors(x, c.elements, kVector);
     d.x = samples(x);
     for (int g = 0; g < c.outputs; ++g) {
         d.output[g] = samples(c.output[g]);
-        vectors = vectors && whole_vectors(c.output[g], c.elements);
+        vectors = vectors && whole_vectors(c.output[g], c.elements, kVector);
     }
     const int64_t blocks = c.batch * chunks_of(c.elements);
     if (blocks == 0) return nullptr;

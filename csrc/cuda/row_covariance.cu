@@ -6,8 +6,8 @@
 // mean goes off again. A second kernel merges the chunks. They are cut by the shape alone, and added up in one fixed order:
 // any GPU gives the same bits. Takes: 1 to 4 tensors float32, float16 or bfloat16, alike, any strides. Floor: one walk a
 // tensor. Compile: nvcc -std=c++20 -arch=sm_90 -DDK_RUNG=cuda -Icsrc -Xptxas -v -c csrc/cuda/row_covariance.cu
-#include "../broadcast.h"
 #include "../dispatch.h"
+#include "samples.cuh"
 #include "tile.cuh"
 
 namespace dk {
@@ -19,14 +19,6 @@ constexpr int kPairs = kMost * (kMost + 1) / 2;
 constexpr int kWords = kMost + kPairs;  // of a chunk: the means, then the sums of products about them
 
 DK_INLINE constexpr int pair(int i, int j) { return i * (i + 1) / 2 + j; }  // j <= i
-
-// A tensor [B, ...] as samples of E elements.
-struct Samples {
-    const void* data;
-    Rows inner;      // where element e lies
-    int64_t sample;  // from one sample to the next
-    bool straight;   // contiguous within a sample: element e lies at e
-};
 
 struct Device {
     Samples tensor[kMost];
@@ -198,21 +190,6 @@ __global__ void __launch_bounds__(kLanes) merge(const __grid_constant__ Device d
             }
 }
 
-Samples samples(const View& t) {
-    Samples s{};
-    s.data = t.data;
-    s.sample = t.stride[0];
-    s.straight = t.contiguous(1);
-    for (int k = 1; k < t.ndim; ++k)
-        if (t.shape[k] != 1) s.inner.push(t.shape[k], t.stride[k]);
-    return s;
-}
-
-bool whole_vectors(const View& t, int64_t elements) {
-    const int64_t vector = 16 / size_of(t.dtype);
-    return aligned16(t.data) && t.contiguous(1) && elements % vector == 0 && (t.shape[0] == 1 || t.stride[0] % vector == 0);
-}
-
 int64_t elements_of(const View& t) {
     int64_t n = 1;
     for (int k = 1; k < t.ndim; ++k) n *= t.shape[k];
@@ -239,7 +216,7 @@ Refusal row_covariance(Stream stream, View out, Views tensors) {
     for (int t = 0; t < count; ++t) {
         if (!tensors[t].same_shape(x) || tensors[t].dtype != x.dtype) return "tensors: not alike";
         d.tensor[t] = samples(tensors[t]);
-        vectors = vectors && whole_vectors(tensors[t], elements);
+        vectors = vectors && whole_vectors(tensors[t], elements, 16 / size_of(x.dtype));
     }
     d.out = static_cast<float*>(out.data);
     d.parts = chunks > 1 ? static_cast<double*>(stream.scratch) : nullptr;

@@ -7,10 +7,10 @@
 // steps. A step outside of the table gives NaN and reads nothing outside. Takes: model outputs float32, float16 or bfloat16,
 // alike; the rest float32; any strides; coef [T, B or 1, K]. Floor: one walk a tensor.
 // Compile: nvcc -std=c++20 -arch=sm_90 -DDK_RUNG=cuda -Icsrc -Xptxas -v -c csrc/cuda/solver_step.cu
-#include "../broadcast.h"
 #include "../dispatch.h"
 #include "../solver.h"
 #include "philox.cuh"
+#include "samples.cuh"
 #include "tile.cuh"
 
 namespace dk {
@@ -20,14 +20,6 @@ constexpr int kEach = 4, kThreads = kRun / kEach;
 constexpr int kFewOutputs = 2, kFewTerms = 3;  // what most solvers need, in fewer registers
 constexpr int kMaxWidth = 2 * kMaxOutputs + 5 + kMaxResults * (2 + kMaxTerms) + 1;  // a, s, lo, hi, l; c, s_j; e
 static_assert(kMaxWidth < kThreads);
-
-// A tensor [B, ...] as samples of E elements.
-struct Samples {
-    const void* data;
-    Rows inner;      // where element e lies
-    int64_t sample;  // from one sample to the next
-    bool straight;   // contiguous within a sample: element e lies at e
-};
 
 struct Device {
     Samples output[kMaxOutputs], term[kMaxTerms], mask, known;
@@ -276,22 +268,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T, kVectors, kTerms>) solv
     }
 }
 
-Samples samples(const View& t) {
-    Samples s{};
-    s.data = t.data;
-    s.sample = t.stride[0];
-    s.straight = t.contiguous(1);
-    for (int k = 1; k < t.ndim; ++k)
-        if (t.shape[k] != 1) s.inner.push(t.shape[k], t.stride[k]);
-    return s;
-}
-
-// A vector's elements are side by side, and never end in the next sample.
-bool whole_vectors(const View& t, int64_t elements) {
-    const bool aligned = reinterpret_cast<uintptr_t>(t.data) % (kEach * size_of(t.dtype)) == 0;
-    return aligned && t.contiguous(1) && elements % kEach == 0 && (t.shape[0] == 1 || t.stride[0] % kEach == 0);
-}
-
 Refusal solver_step(Stream stream, Views out, Views outputs, View x, Views history, View coef, View step, Optional seed,
                     Optional gain, Optional bound, Optional mask, Optional known, int64_t results, int64_t guided_channels,
                     int64_t copies, Text copy_dtype, bool watch) {
@@ -302,7 +278,7 @@ Refusal solver_step(Stream stream, Views out, Views outputs, View x, Views histo
     Device d{};
     bool vectors = true;
     const auto sampled = [&](const View& t) {
-        vectors = vectors && whole_vectors(t, c.elements);
+        vectors = vectors && whole_vectors(t, c.elements, kEach);
         return samples(t);
     };
     for (int g = 0; g < c.outputs; ++g) d.output[g] = sampled(c.output[g]);
@@ -310,7 +286,7 @@ Refusal solver_step(Stream stream, Views out, Views outputs, View x, Views histo
     if (mask) d.mask = sampled(mask), d.known = sampled(known);
     for (int j = 0; j < c.results; ++j) {
         d.result[j] = static_cast<float*>(c.result[j].data);
-        vectors = vectors && whole_vectors(c.result[j], c.elements);
+        vectors = vectors && whole_vectors(c.result[j], c.elements, kEach);
     }
     if (copies) {
         d.copy = c.copy.data;
