@@ -38,6 +38,13 @@ struct Rows {
     }
 };
 
+// Elements of one sample of a tensor [B, ...].
+DK_INLINE int64_t elements_of(const View& t) {
+    int64_t n = 1;
+    for (int k = 1; k < t.ndim; ++k) n *= t.shape[k];
+    return n;
+}
+
 // False where x has more than kMaxDims dimensions.
 DK_INLINE bool rows_of(const View& x, Rows& out) {
     if (x.ndim < 1 || x.ndim > kMaxDims) return false;

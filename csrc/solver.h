@@ -97,8 +97,7 @@ inline Refusal describe(Mix& c, Views outputs, View x, View coef, View step, Opt
     if (coef.dtype != DType::f32 || coef.ndim != 3 || coef.shape[0] < 1) return "coef: not float32 [T, B or 1, K]";
     c.x = x;
     c.batch = x.shape[0];
-    c.elements = 1;
-    for (int k = 1; k < x.ndim; ++k) c.elements *= x.shape[k];
+    c.elements = elements_of(x);
     c.outputs = static_cast<int32_t>(outputs.count);
     for (int g = 0; g < c.outputs; ++g) {
         if (!outputs[g].same_shape(x) || outputs[g].dtype != outputs[0].dtype) return "outputs: not alike, or not x's shape";

@@ -1,13 +1,24 @@
 """Triton kernels run in Triton's interpreter where there is no GPU: that has to be said before Triton is imported."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NOT_RUN: dict[str, str] = {}  # "device/rung": why; test_ops.py fills it, the summary prints it
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tiny tensors: threads that wait for one another on a busy machine make a file twenty times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

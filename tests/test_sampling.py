@@ -51,13 +51,7 @@ SHAPES = [("ddim", {"eta": 0.5}), ("heun", {}), ("dpmpp_2m", {}), ("dpmpp_3m", {
 SHAPES += DRAWING[2:]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are tiny: threads only cost."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed):

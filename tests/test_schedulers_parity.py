@@ -25,13 +25,12 @@ SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 WORST: dict[str, tuple[float, ...]] = {}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors here are tiny: threads only cost."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def tell():
     yield
-    torch.set_num_threads(threads)
     print("\nlargest error of a step over max|out|: ours - theirs, ours - float64, theirs - float64")
     for what, worst in sorted(WORST.items()):
         print(f"{what:<18}", *(f"{w:.1e}" for w in worst))

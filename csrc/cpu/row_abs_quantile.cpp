@@ -15,8 +15,8 @@ namespace dk {
 namespace {
 
 constexpr int kBlock = 1024, kUnroll = 4;
-constexpr int64_t kChunk = 16 * kBlock;                 // elements of a sample that a thread takes at a time
-constexpr int kBits[] = {11, 10, 10}, kBins = 1 << 11;  // of the 31 that |m| has
+constexpr int64_t kChunk = 16 * kBlock;                              // elements of a sample that a thread takes at a time
+constexpr int kLevels = 3, kBits[] = {11, 10, 10}, kBins = 1 << 11;  // of the 31 that |m| has
 constexpr int kShift[] = {20, 10, 0};
 constexpr uint32_t kInfinity = 0x7f800000u, kNone = 0xffffffffu;
 
@@ -140,52 +140,79 @@ DK_INLINE void finish(Search& s, int next, uint32_t above, double fraction) {
     s.value = fraction == 0 || below == upper ? below : below + static_cast<float>(fraction) * (upper - below);
 }
 
-// One walk of all samples, chunk by chunk, then one step down in each. Found: one a chunk; Search: one a sample.
 template <class T>
-void level_of(const Mix& c, int64_t chunks, int level, double fraction, Found* all, Search* searches) {
-    auto look = [&](int64_t first, int64_t last) {
-        for (int64_t item = first; item < last; ++item) {
-            const int64_t b = item / chunks, begin = (item - b * chunks) * kChunk;
-            const int64_t end = c.elements - begin < kChunk ? c.elements : begin + kChunk;
-            Found& found = all[item];
-            std::memset(found.count, 0, sizeof found.count);
-            found.above = kNone;
-            Head k;
-            head_of(c, b, k);
-            if (level == 0)
-                first_walk<T>(c, k, b, begin, end, found);
-            else
-                later_walk<T>(c, k, b, begin, end, searches[b].bits, level, found);
-        }
-    };
-    parallel_for(c.batch * chunks, 1, look);
-    auto choose = [&](int64_t first, int64_t last) {
-        for (int64_t b = first; b < last; ++b) {
-            Found& sum = all[b * chunks];
-            for (int64_t i = 1; i < chunks; ++i) {
-                const Found& more = all[b * chunks + i];
-                for (int bin = 0; bin < kBins; ++bin) sum.count[bin] += more.count[bin];
-                sum.above = more.above < sum.above ? more.above : sum.above;
-            }
-            Search& s = searches[b];
-            uint32_t huge = 0;
-            for (uint32_t bin = kInfinity >> kShift[0]; level == 0 && bin < kBins; ++bin) huge += sum.count[bin];
-            const int next = descend(s, sum.count, level);
-            if (level == 0) s.value = huge && has_nan<T>(c, b) ? __builtin_nanf("") : 0;
-            if (level == 2 && s.value == s.value) finish(s, next, sum.above, fraction);
-        }
-    };
-    parallel_for(c.batch, kChunk / kBlock, choose);
+void look(const Mix& c, int64_t b, int64_t begin, int64_t end, int level, const Search& s, Found& found) {
+    std::memset(found.count, 0, sizeof found.count);
+    found.above = kNone;
+    Head k;
+    head_of(c, b, k);
+    if (level == 0)
+        first_walk<T>(c, k, b, begin, end, found);
+    else
+        later_walk<T>(c, k, b, begin, end, s.bits, level, found);
 }
 
-int64_t chunks_of(const View& x) {
-    int64_t elements = 1;
-    for (int k = 1; k < x.ndim; ++k) elements *= x.shape[k];
-    return (elements + kChunk - 1) / kChunk;
+// A level further down, by what was found in the whole sample.
+template <class T>
+void go_down(const Mix& c, int64_t b, int level, double fraction, const Found& sum, Search& s) {
+    uint32_t huge = 0;
+    for (uint32_t bin = kInfinity >> kShift[0]; level == 0 && bin < kBins; ++bin) huge += sum.count[bin];
+    const int next = descend(s, sum.count, level);
+    if (level == 0) s.value = huge && has_nan<T>(c, b) ? __builtin_nanf("") : 0;
+    if (level == 2 && s.value == s.value) finish(s, next, sum.above, fraction);
 }
+
+// Samples of one chunk, each by one thread.
+template <class T>
+void short_samples(const Mix& c, int64_t rank, double fraction, float* out) {
+    auto body = [&](int64_t first, int64_t last) {
+        Found found;
+        for (int64_t b = first; b < last; ++b) {
+            Search s{0, rank, 0};
+            for (int level = 0; level < kLevels; ++level) {
+                look<T>(c, b, 0, c.elements, level, s, found);
+                go_down<T>(c, b, level, fraction, found, s);
+            }
+            out[b] = s.value;
+        }
+    };
+    parallel_for(c.batch, 1, body);
+}
+
+// Longer ones level by level, each chunk by itself.
+template <class T>
+void long_samples(const Mix& c, int64_t chunks, int64_t rank, double fraction, Found* all, Search* searches, float* out) {
+    for (int64_t b = 0; b < c.batch; ++b) searches[b] = {0, rank, 0};
+    for (int level = 0; level < kLevels; ++level) {
+        auto each = [&](int64_t first, int64_t last) {
+            for (int64_t item = first; item < last; ++item) {
+                const int64_t b = item / chunks, begin = (item - b * chunks) * kChunk;
+                const int64_t end = c.elements - begin < kChunk ? c.elements : begin + kChunk;
+                look<T>(c, b, begin, end, level, searches[b], all[item]);
+            }
+        };
+        parallel_for(c.batch * chunks, 1, each);
+        auto choose = [&](int64_t first, int64_t last) {
+            for (int64_t b = first; b < last; ++b) {
+                Found& sum = all[b * chunks];
+                for (int64_t i = 1; i < chunks; ++i) {
+                    const Found& more = all[b * chunks + i];
+                    for (int bin = 0; bin < kBins; ++bin) sum.count[bin] += more.count[bin];
+                    sum.above = more.above < sum.above ? more.above : sum.above;
+                }
+                go_down<T>(c, b, level, fraction, sum, searches[b]);
+                out[b] = searches[b].value;
+            }
+        };
+        parallel_for(c.batch, 1, choose);
+    }
+}
+
+int64_t chunks_of(const View& x) { return (elements_of(x) + kChunk - 1) / kChunk; }
 
 int64_t bytes(Stream, View, Views, View x, View, View, Optional, double, int64_t) {
-    return x.ndim < 1 ? 0 : x.shape[0] * static_cast<int64_t>(chunks_of(x) * sizeof(Found) + sizeof(Search));
+    if (x.ndim < 1 || chunks_of(x) <= 1) return 0;
+    return x.shape[0] * static_cast<int64_t>(chunks_of(x) * sizeof(Found) + sizeof(Search));
 }
 
 Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View coef, View step, Optional gain, double q,
@@ -199,16 +226,17 @@ Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View co
     c.coef += at * coef.stride[0];
     if (c.batch == 0) return nullptr;
     const int64_t chunks = chunks_of(x);
-    Found* const found = static_cast<Found*>(stream.scratch);
-    Search* const searches = reinterpret_cast<Search*>(found + c.batch * chunks);
     const double place = q * static_cast<double>(c.elements - 1);
     const int64_t rank = static_cast<int64_t>(place);
-    for (int64_t b = 0; b < c.batch; ++b) searches[b] = {0, rank, 0};
+    const double fraction = place - static_cast<double>(rank);
+    float* const y = static_cast<float*>(out.data);
     return for_dtype(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
-        for (int level = 0; level < 3; ++level)
-            level_of<T>(c, chunks, level, place - static_cast<double>(rank), found, searches);
-        for (int64_t b = 0; b < c.batch; ++b) static_cast<float*>(out.data)[b] = searches[b].value;
+        Found* const found = static_cast<Found*>(stream.scratch);
+        if (chunks == 1)
+            short_samples<T>(c, rank, fraction, y);
+        else
+            long_samples<T>(c, chunks, rank, fraction, found, reinterpret_cast<Search*>(found + c.batch * chunks), y);
         return nullptr;
     });
 }

@@ -92,11 +92,6 @@ Moments moments_of(const T* const* tensors, int64_t n) {
     return block;
 }
 
-int64_t elements_of(const View& t) {
-    int64_t n = 1;
-    for (int k = 1; k < t.ndim; ++k) n *= t.shape[k];
-    return n;
-}
 int64_t parts_of(const View& t) { return (elements_of(t) + kPart - 1) / kPart; }
 
 int64_t bytes(Stream, View, Views tensors) {

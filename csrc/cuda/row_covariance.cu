@@ -190,11 +190,6 @@ __global__ void __launch_bounds__(kLanes) merge(const __grid_constant__ Device d
             }
 }
 
-int64_t elements_of(const View& t) {
-    int64_t n = 1;
-    for (int k = 1; k < t.ndim; ++k) n *= t.shape[k];
-    return n;
-}
 int64_t chunks_of(const View& t) { return (elements_of(t) + kChunk - 1) / kChunk; }
 
 int64_t bytes(Stream, View, Views tensors) {

@@ -99,20 +99,8 @@ __device__ __forceinline__ void put(T* to, const Place<kVectors>& at, const floa
             for (int i = 0; i < kEach; ++i)
                 if (at.has(i)) to[i * at.kApart] = narrow<T>(y[i]);
     } else if (at.has(0)) {
-        union {
-            T v[kEach];
-            uint2 two;
-            uint4 four;
-        } raw;
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) raw.v[i] = narrow<T>(y[i]);
 #pragma unroll 1
-        for (int n = 0; n < count; ++n, to += apart) {  // said outright: nvcc splits some of the plain ones into four
-            if constexpr (sizeof(T) == 4)
-                __stwb(reinterpret_cast<uint4*>(to), raw.four);
-            else
-                __stwb(reinterpret_cast<uint2*>(to), raw.two);
-        }
+        for (int n = 0; n < count; ++n, to += apart) store(to, y);
     }
 }
 

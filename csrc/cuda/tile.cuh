@@ -67,6 +67,8 @@ __device__ __forceinline__ void store(T* p, const float (&in)[kCount]) {
     for (int i = 0; i < kCount; ++i) pack.v[i] = narrow<T>(in[i]);
     if constexpr (sizeof pack == 16)  // said outright: nvcc splits some of the plain ones into four
         __stwb(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(&pack));
+    else if constexpr (sizeof pack == 8)
+        __stwb(reinterpret_cast<uint2*>(p), *reinterpret_cast<const uint2*>(&pack));
     else
         *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
 }

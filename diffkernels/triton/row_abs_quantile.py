@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .solver_step import flattened, refusal, table
+from .solver_step import combined, flattened, refusal, table
 
 TILE = 2048  # elements that a program looks at at a time
 
@@ -19,16 +19,8 @@ def _bits(
 ):  # fmt: skip
     """Of |m| at elements e of sample b, and -1 beyond the sample's end: positive floats are ordered as their bits are."""
     inside = e < E
-    m = tl.zeros_like(e).to(tl.float32)
-    for g in tl.static_range(OUTPUTS):
-        a = tl.load(row + g * coef_column)
-        if TWO_ROWS:
-            a = tl.where(e < guided, a, tl.load(row + (OUTPUTS + g) * coef_column))
-        m += a * tl.load(outputs[g] + b * output_samples[g] + e, mask=inside, other=0.0).to(tl.float32)
-    if gain is not None:
-        m *= tl.load(gain + b)
-    a = tl.load(row + OUTPUTS * (2 if TWO_ROWS else 1) * coef_column)
-    m += a * tl.load(x + b * x_sample + e, mask=inside, other=0.0)
+    state = tl.load(x + b * x_sample + e, mask=inside, other=0.0)
+    m = combined(b, e, inside, outputs, output_samples, state, row, coef_column, gain, guided, OUTPUTS, TWO_ROWS)
     m = tl.where(valid, tl.abs(m), float("nan"))
     bits = tl.where(m != m, 0x7FFFFFFF, m.to(tl.int32, bitcast=True))
     return tl.where(inside, bits, -1)

@@ -14,6 +14,22 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
+def combined(
+    b, e, inside, outputs, output_samples, x, row, coef_column, gain, guided, OUTPUTS: tl.constexpr, TWO_ROWS: tl.constexpr
+):  # fmt: skip
+    """gain sum A p + a x at elements e of sample b, where the state is x: how m begins."""
+    m = tl.zeros_like(x)
+    for g in tl.static_range(OUTPUTS):
+        a = tl.load(row + g * coef_column)
+        if TWO_ROWS:
+            a = tl.where(e < guided, a, tl.load(row + (OUTPUTS + g) * coef_column))
+        m += a * tl.load(outputs[g] + b * output_samples[g] + e, mask=inside, other=0.0).to(tl.float32)
+    if gain is not None:
+        m *= tl.load(gain + b)
+    return m + tl.load(row + OUTPUTS * (2 if TWO_ROWS else 1) * coef_column) * x
+
+
+@triton.jit
 def _kernel(
     results,
     copy, flags,  # or None
@@ -39,16 +55,8 @@ def _kernel(
     row = coef + tl.where(valid, now, 0).to(tl.int64) * coef_step + b * coef_sample
     x = tl.load(terms[0] + b * term_samples[0] + e, mask=inside, other=0.0)
 
-    m = tl.zeros([BLOCK], tl.float32)
-    for g in tl.static_range(OUTPUTS):
-        a = tl.load(row + g * coef_column)
-        if TWO_ROWS:
-            a = tl.where(e < guided, a, tl.load(row + (OUTPUTS + g) * coef_column))
-        m += a * tl.load(outputs[g] + b * output_samples[g] + e, mask=inside, other=0.0).to(tl.float32)
-    if gain is not None:
-        m *= tl.load(gain + b)
+    m = combined(b, e, inside, outputs, output_samples, x, row, coef_column, gain, guided, OUTPUTS, TWO_ROWS)
     at: tl.constexpr = OUTPUTS * (2 if TWO_ROWS else 1) + 1
-    m += tl.load(row + (at - 1) * coef_column) * x
     drawn: tl.constexpr = seed is not None
     if drawn:
         key = tl.load(seed + b)
