@@ -1,7 +1,8 @@
-"""What tests and benchmarks run: an op's declaration lists its cases, and a Draw makes their tensors."""
+"""What tests, `verify` and benchmarks run: an op's declaration lists its cases, and a Draw makes their tensors."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +15,23 @@ from torch import Tensor
 class Case:
     """One named call of an op: what tests run and, where `model` names its origin, what the bench times.
 
-    `args(draw)` returns the keyword arguments; `draw(*shape)` draws a tensor of the dtype under test, `draw.f32(*shape)`
-    one that is always float32, `draw.index(n)` a 0-dim int32 below n, `draw.seeds(n)` n random int64. `eager` is the formula
-    as users write it today; with `backward` the bench also times forward and backward, with every input's gradient.
+    `make(draw, *shape)` returns the keyword arguments; `draw(*shape)` draws a tensor of the dtype under test,
+    `draw.f32(*shape)` one that is always float32, `draw.index(n)` a 0-dim int32 below n, `draw.seeds(n)` n random int64.
+    Of a timed case `eager` is the formula as users write it today, `flops(*shape)` counts its floating point operations, and
+    with `backward` the bench also times forward and backward, with every input's gradient.
     """
 
     name: str
-    args: Callable[[Any], dict[str, Any]]
+    make: Callable[..., dict[str, Any]]
+    shape: tuple[int, ...] = ()
     model: str | None = None
     eager: Callable[..., Any] | None = None
+    flops: Callable[..., float] | None = None
     backward: bool = False
+
+    def args(self, draw: Draw, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+        """The keyword arguments, drawn; at another shape than the case's own where one is given."""
+        return self.make(draw, *(self.shape if shape is None else shape))
 
 
 class Draw:
@@ -51,3 +59,18 @@ class Draw:
 
     def index(self, n: int) -> Tensor:
         return torch.tensor(n // 2, dtype=torch.int32, device=self.device)
+
+
+class Pick(random.Random):
+    """What an op's `fuzz(draw, pick)` chooses with, besides `choice` and `random`."""
+
+    def size(self, most: int, least: int = 1) -> int:
+        """A size up to `most`: few, whole vectors and their neighbours as often as any other; `least` is rare where it is 0."""
+        if least == 0 and self.random() < 0.03:
+            return 0
+        near = [n + d for n in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) for d in (-1, 0, 1) if n + d <= most]
+        return self.choice((self.randint(1, min(most, 8)), self.choice(near or [1]), self.randint(1, most)))
+
+    def maybe(self, make: Callable[[], Any], chance: float = 0.5) -> Any:
+        """make(), or None."""
+        return make() if self.random() < chance else None

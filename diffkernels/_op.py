@@ -49,10 +49,13 @@ class _First(dict[int, Any]):
 class Op:
     """A declared op: see the module's text. `call` is the function that users see."""
 
-    def __init__(self, body: Callable, allocate: Callable, check: Callable, cases: Sequence[Case], c: float) -> None:
+    def __init__(
+        self, body: Callable, allocate: Callable, check: Callable, fuzz: Callable, cases: Sequence[Case], c: float
+    ) -> None:
         self.name = body.__name__
         self.body = body
         self.allocate = allocate
+        self.fuzz = fuzz
         self.cases = tuple(cases)
         self.c = c
         self._check = check
@@ -180,14 +183,17 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def op(*, allocate: Callable, check: Callable, cases: Sequence[Case], c: float = 1.0) -> Callable[[Callable], Callable]:
+def op(
+    *, allocate: Callable, check: Callable, fuzz: Callable, cases: Sequence[Case], c: float = 1.0
+) -> Callable[[Callable], Callable]:
     """Declares an op; the decorated function's body is its definition (wide accumulation and all).
 
     `allocate(*args)` returns the empty outputs and must be cheap: it runs in every call, and as the fake kernel.
     `check(*args)` raises on invalid arguments: it runs before the reference, in the fake kernel, and once a kernel refused.
+    `fuzz(draw, pick)` returns random keyword arguments that are valid: what `diffkernels verify` calls the op with.
     A kernel's error may be `c` times the body's own in the same dtype.
     """
-    return lambda body: Op(body, allocate, check, cases, c).call
+    return lambda body: Op(body, allocate, check, fuzz, cases, c).call
 
 
 def _describe(t: Tensor) -> tuple[Any, ...]:

@@ -9,6 +9,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--fuzz", action="store_true", help="2,000 random calls of each op on each rung instead of 64")
+
+
 NOT_RUN: dict[str, str] = {}  # "device/rung": why; test_ops.py fills it, the summary prints it
 
 

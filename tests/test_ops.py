@@ -17,37 +17,23 @@ import diffkernels as dk
 from diffkernels._case import Draw
 from diffkernels._ladder import RUNGS, interpreting, missing
 from diffkernels._op import OPS
-from diffkernels.bench import oracle
+from diffkernels.bench import fuzz, layouts, oracle
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = fuzz.DTYPES
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 ROOMY = 200_000  # elements above which a case runs as drawn only
 
 
 class Strided(Draw):
-    """Every second element of a larger buffer, the rest NaN."""
-
-    def lay(self, t: Tensor) -> Tensor:
-        if t.ndim == 0:
-            return t
-        buffer = torch.full([2 * n + 1 for n in t.shape], torch.nan, dtype=t.dtype, device=t.device)
-        view = buffer[tuple(slice(1, None, 2) for _ in t.shape)]
-        return view.copy_(t)
+    lay = staticmethod(layouts.strided)
 
 
 class Transposed(Draw):
-    """Dimensions stored in reverse order."""
-
-    def lay(self, t: Tensor) -> Tensor:
-        return t.permute(*reversed(range(t.ndim))).contiguous().permute(*reversed(range(t.ndim)))
+    lay = staticmethod(layouts.transposed)
 
 
 class Misaligned(Draw):
-    """One element past an aligned address."""
-
-    def lay(self, t: Tensor) -> Tensor:
-        buffer = torch.full([t.numel() + 1], torch.nan, dtype=t.dtype, device=t.device)
-        return buffer[1:].view(t.shape).copy_(t)
+    lay = staticmethod(layouts.misaligned)
 
 
 class Zeros(Draw):
@@ -116,8 +102,6 @@ def size(args) -> int:
 class Guarded:
     """An allocator whose outputs are NaN, between guard bands that must survive."""
 
-    BAND = 4096
-
     def __init__(self, op, monkeypatch) -> None:
         self.allocate, self.buffers = op.allocate, []
         monkeypatch.setattr(op, "allocate", self)
@@ -126,14 +110,12 @@ class Guarded:
         return pytree.tree_map(self.guard, self.allocate(*args))
 
     def guard(self, t: Tensor) -> Tensor:
-        pad = self.BAND // t.element_size()
-        buffer = torch.full([t.numel() + 2 * pad], torch.nan, dtype=t.dtype, device=t.device)
-        buffer[:pad] = buffer[pad + t.numel() :] = 7
-        self.buffers.append((buffer, pad))
-        return buffer[pad : pad + t.numel()].view(t.shape)
+        inner, buffer = fuzz.guarded(t)
+        self.buffers.append(buffer)
+        return inner
 
     def intact(self) -> bool:
-        return all(bool((b[:pad] == 7).all() and (b[b.numel() - pad :] == 7).all()) for b, pad in self.buffers)
+        return all(map(fuzz.intact, self.buffers))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

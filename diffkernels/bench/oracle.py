@@ -35,12 +35,18 @@ def own_error(exact: list[Tensor], reference: list[Tensor]) -> float:
     return worst
 
 
-def compare(got: Tensor, exact: Tensor, reference: Tensor, c: float = 1.0, rms: bool = True, own: float = 0.0) -> float:
+SMALLEST = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126, torch.float16: 2.0**-14, torch.bfloat16: 2.0**-126}  # normal
+
+
+def compare(
+    got: Tensor, exact: Tensor, reference: Tensor, c: float = 1.0, rms: bool = True, own: float = 0.0, least: float = 0.0
+) -> float:
     """Raises AssertionError, in words, where `got` is further from float64 than the definition in its own dtype is.
 
-    Allowed is `c` times the reference's largest error (or `own`, relative to the largest result, where that is more) plus
-    2 ulp of the largest result; and with `rms` a relative RMS error of the dtype's rounding, or `c` times the reference's own
-    where that is more. NaN and infinities must be where the definition has them. Returns the largest error.
+    Allowed is `c` times the reference's largest error (or `own`, relative to the largest result, or `least`, where one of them
+    is more) plus 2 ulp of the largest result; and with `rms` a relative RMS error of the dtype's rounding, or `c` times the
+    reference's own where that is more. NaN and infinities must be where the definition has them. Returns the error as a share
+    of the allowed.
     """
     if got.shape != exact.shape or got.dtype != reference.dtype:
         raise AssertionError(f"{got.dtype} {list(got.shape)} instead of {reference.dtype} {list(exact.shape)}")
@@ -56,16 +62,14 @@ def compare(got: Tensor, exact: Tensor, reference: Tensor, c: float = 1.0, rms: 
     if exact.numel() == 0:
         return 0.0
     error, own_largest = (got - exact).abs().max().item(), (reference - exact).abs().max().item()
-    own_largest = max(own_largest, own * exact.abs().max().item())
-    allowed = c * own_largest + 2 * ULP[dtype] * exact.abs().max().item()
+    own_largest = max(own_largest, own * exact.abs().max().item(), least)
+    allowed = c * own_largest + 2 * ULP[dtype] * max(exact.abs().max().item(), SMALLEST[dtype])
     if not error <= allowed:
         raise AssertionError(f"error {error:.3g}, allowed {allowed:.3g} (the definition's own: {own_largest:.3g})")
     norm = exact.square().mean().sqrt().item()
     if rms and norm > 0:
         relative, usual = ((t - exact).square().mean().sqrt().item() / norm for t in (got, reference))
-        allowed = max(RMS[dtype], 1.1 * c * usual)
-        if not relative <= allowed:
-            raise AssertionError(
-                f"relative RMS error {relative:.3g}, allowed {allowed:.3g} (the definition's own: {usual:.3g})"
-            )
-    return error
+        enough = max(RMS[dtype], 1.1 * c * usual)
+        if not relative <= enough:
+            raise AssertionError(f"relative RMS error {relative:.3g}, allowed {enough:.3g} (the definition's own: {usual:.3g})")
+    return error / allowed

@@ -7,6 +7,9 @@ left and 1s go before D; anything else is an error.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 
@@ -19,6 +22,20 @@ def matches(t: Tensor, x: Tensor) -> bool:
     if frames:
         return t.shape[:-3] == x.shape[:-2] and frames > 0 and x.shape[-2] % frames == 0
     return len(prefix) < x.ndim and tuple(prefix) == tuple(x.shape[: len(prefix)])
+
+
+def drawn(draw: Any, pick: Any, narrowest: int = 1) -> tuple[tuple[int, ...], Callable[[], Tensor]]:
+    """For fuzzing: a shape for x, and what draws an operand that meets it."""
+    b, f, s, d = pick.size(4, 0), pick.size(3), pick.size(6, 0), max(narrowest, pick.size(2500))
+    shape, more = pick.choice(
+        (
+            ((d,), []),
+            ((b, d), [(b, d), (b, 1, d)]),
+            ((b, f * s, d), [(b, d), (b, 1, d), (b, f * s, d), (b, f, 1, d)]),
+            ((b, f, s, d), [(b, d), (b, f, d), (b, f, 1, d), (b, f, s, d)]),
+        )
+    )
+    return shape, lambda: pick.choice((draw, draw, draw.f32))(*pick.choice([(d,), *more]))
 
 
 def align(t: Tensor, x: Tensor) -> Tensor:

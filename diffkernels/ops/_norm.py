@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,15 @@ def check(x: Tensor, norm: str, eps: float, eps_mode: str, **operands: Tensor | 
         raise ValueError(f"eps_mode: expected 'inside' or 'outside' (of the root), got {eps_mode!r}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
+
+
+def how(pick: Any) -> dict[str, Any]:
+    """For fuzzing: the norm's kind."""
+    return {
+        "norm": pick.choice(("layer", "rms")),
+        "eps": pick.choice((1e-8, 1e-6, 1e-5, 1e-2)),
+        "eps_mode": pick.choice(("inside", "outside")),
+    }
 
 
 def like(name: str, t: Tensor, x: Tensor) -> None:

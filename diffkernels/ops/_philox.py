@@ -41,4 +41,4 @@ def normal(seed: Tensor, step: Tensor, slot: int, elements: int) -> Tensor:
     for i in (0, 2):
         radius, angle = torch.sqrt(-2 * torch.log(u[i])), 2 * math.pi * u[i + 1]
         lanes += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(lanes, -1).reshape(len(seed), -1)[:, :elements]
+    return torch.stack(lanes, -1).flatten(1)[:, :elements]

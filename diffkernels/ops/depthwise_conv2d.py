@@ -27,13 +27,16 @@ def _allocate(x, weight, bias, residual):  # type: ignore[no-untyped-def]
     return empty_like(x)
 
 
-def _drawn(b: int, h: int, w: int, c: int, k: int, bias: bool = True, residual: bool = True):  # type: ignore[no-untyped-def]
-    return lambda d: {
-        "x": d(b, h, w, c),
-        "weight": d(c, 1, k, k),
-        "bias": d(c) if bias else None,
-        "residual": residual,
-    }
+def _drawn(draw, b, h, w, c, k, bias=True, residual=True):  # type: ignore[no-untyped-def]
+    bias = draw(c) if bias else None
+    return {"x": draw(b, h, w, c), "weight": draw(c, 1, k, k), "bias": bias, "residual": residual}
+
+
+def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
+    b, h, w, c = pick.size(3, 0), pick.size(9, 0), pick.size(9, 0), pick.size(130)
+    weight = pick.choice((draw, draw.f32))(c, 1, *pick.choices((1, 3, 5, 7), k=2))
+    bias = pick.maybe(lambda: pick.choice((draw, draw.f32))(c))
+    return {"x": draw(b, h, w, c), "weight": weight, "bias": bias, "residual": pick.choice((False, True))}
 
 
 def _eager(x, weight, bias):  # type: ignore[no-untyped-def]
@@ -44,14 +47,23 @@ def _eager(x, weight, bias):  # type: ignore[no-untyped-def]
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
-        Case("convnext", _drawn(2, 9, 8, 40, 7)),
-        Case("plain", _drawn(1, 5, 4, 33, 3, bias=False, residual=False)),
-        Case("wider-than-x", _drawn(1, 2, 3, 16, 7, residual=False)),
-        Case("one-tap", _drawn(1, 3, 3, 8, 1)),
+        Case("convnext", _drawn, (2, 9, 8, 40, 7)),
+        Case("plain", _drawn, (1, 5, 4, 33, 3, False, False)),
+        Case("wider-than-x", _drawn, (1, 2, 3, 16, 7, True, False)),
+        Case("one-tap", _drawn, (1, 3, 3, 8, 1)),
         Case("long", lambda d: {"x": d(1, 3, 21, 17), "weight": d(17, 1, 3, 5), "bias": d.f32(17)}),
-        Case("no-samples", _drawn(0, 4, 4, 16, 3)),
-        Case("dimr-xl", _drawn(8, 32, 32, 480, 7), model="DiMR-XL/2R's ConvNeXt stage, batch 8", eager=_eager),
+        Case("no-samples", _drawn, (0, 4, 4, 16, 3)),
+        Case("no-pixels", _drawn, (2, 0, 4, 16, 3)),
+        Case(
+            "dimr-xl",
+            _drawn,
+            (8, 32, 32, 480, 7),
+            "DiMR-XL/2R's ConvNeXt stage, batch 8",
+            _eager,
+            lambda b, h, w, c, k: 2 * b * h * w * c * (k * k + 1),
+        ),
     ],
 )
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: bool = False) -> Tensor:
@@ -70,6 +82,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, resi
 
     Source: ConvNeXt (Liu et al. 2022); DiMR (arXiv 2406.09416), which has no norm before it.
     """
+    if 0 in x.shape[1:3]:  # PyTorch's convolution refuses pictures without pixels
+        return x.clone()
     h = _norm.widen(x).permute(0, 3, 1, 2)
     pad = (weight.shape[2] // 2, weight.shape[3] // 2)
     y = F.conv2d(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype), padding=pad, groups=x.shape[-1])

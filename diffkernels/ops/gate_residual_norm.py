@@ -27,20 +27,28 @@ def _eager(x, delta, gate, scale, shift):  # type: ignore[no-untyped-def]
     return x, F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def _adaln(*shape: int):  # type: ignore[no-untyped-def]
-    def args(draw):  # type: ignore[no-untyped-def]
-        b, d = shape[0], shape[-1]
-        _, _, gate, shift, scale, _ = draw(b, 6 * d).chunk(6, dim=-1)
-        return {"x": draw(*shape), "delta": draw(*shape), "gate": gate, "scale": scale, "shift": shift}
+def _adaln(draw, b, n, d):  # type: ignore[no-untyped-def]
+    _, _, gate, shift, scale, _ = draw(b, 6 * d).chunk(6, dim=-1)
+    return {"x": draw(b, n, d), "delta": draw(b, n, d), "gate": gate, "scale": scale, "shift": shift}
 
-    return args
+
+def _flops(b, n, d):  # type: ignore[no-untyped-def]
+    return 10 * b * n * d  # norm_modulate's 8, and gate and sum
+
+
+def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
+    shape, operand = _broadcast.drawn(draw, pick)
+    operands = {name: pick.maybe(operand) for name in ("gate", "scale", "shift", "weight", "bias")}
+    x, delta = (pick.choice((draw, draw, draw.f32))(*shape) for _ in range(2))
+    return {"x": x, "delta": delta, **operands, **_norm.how(pick)}
 
 
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
-        Case("adaln", _adaln(2, 9, 72)),
+        Case("adaln", _adaln, (2, 9, 72)),
         Case("no-gate", lambda d: {"x": d(3, 5, 64), "delta": d(3, 5, 64)}),
         Case("affine", lambda d: {"x": d(2, 7, 48), "delta": d(2, 7, 48), "weight": d(48), "bias": d(48), "eps": 1e-5}),
         Case("layer-scale", lambda d: {"x": d(2, 7, 40), "delta": d(2, 7, 40), "gate": d(40), "weight": d(40), "norm": "rms"}),
@@ -64,8 +72,8 @@ def _adaln(*shape: int):  # type: ignore[no-untyped-def]
         Case("no-tokens", lambda d: {"x": d(2, 0, 16), "delta": d(2, 0, 16), "scale": d(2, 16)}),
         Case("wide", lambda d: {"x": d(2, 8191), "delta": d(2, 8191), "gate": d(8191), "weight": d(8191), "norm": "rms"}),
         Case("widest", lambda d: {"x": d(1, 66816), "delta": d(1, 66816), "weight": d(66816), "bias": d(66816)}),
-        Case("dit-xl-256", _adaln(8, 256, 1152), model="DiT-XL/2 at 256², batch 8", eager=_eager, backward=True),
-        Case("flux-1024", _adaln(1, 4608, 3072), model="FLUX at 1024²", eager=_eager),
+        Case("dit-xl-256", _adaln, (8, 256, 1152), "DiT-XL/2 at 256², batch 8", _eager, _flops, backward=True),
+        Case("flux-1024", _adaln, (1, 4608, 3072), "FLUX at 1024²", _eager, _flops),
     ],
 )
 def gate_residual_norm(

@@ -26,22 +26,35 @@ def _allocate(a, b, approximate):  # type: ignore[no-untyped-def]
     return empty_like(a)
 
 
+def _drawn(draw, *shape):  # type: ignore[no-untyped-def]
+    return {"a": draw(*shape), "b": draw(*shape)}
+
+
+def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
+    shape = [pick.size(3, 0), pick.size(9, 0), pick.size(3000, 0)][pick.randrange(3) :]
+    pair = _drawn(draw, *shape) if pick.random() < 0.5 else dict(zip("ab", draw(*shape, 2).unbind(-1), strict=True))
+    return pair | {"approximate": pick.choice(("none", "tanh"))}
+
+
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
-        Case("two", lambda d: {"a": d(2, 9, 72), "b": d(2, 9, 72)}),
+        Case("two", _drawn, (2, 9, 72)),
         Case("halves", lambda d: dict(zip("ab", d(2, 9, 130).chunk(2, dim=-1), strict=True))),
         Case("tanh", lambda d: {"a": d(3, 65), "b": d(3, 65), "approximate": "tanh"}),
         Case("tails", lambda d: {"a": 4 * d(7, 33), "b": d(7, 33)}),
-        Case("vector", lambda d: {"a": d(257), "b": d(257)}),
-        Case("no-samples", lambda d: {"a": d(0, 4, 16), "b": d(0, 4, 16)}),
-        Case("no-columns", lambda d: {"a": d(2, 0), "b": d(2, 0)}),
+        Case("vector", _drawn, (257,)),
+        Case("no-samples", _drawn, (0, 4, 16)),
+        Case("no-columns", _drawn, (2, 0)),
         Case(
             "dimr-xl",
-            lambda d: {"a": d(8, 257, 1920), "b": d(8, 257, 1920)},
-            model="DiMR-XL/2R, batch 8",
-            eager=lambda a, b: F.gelu(a) * b,
+            _drawn,
+            (8, 257, 1920),
+            "DiMR-XL/2R, batch 8",
+            lambda a, b: F.gelu(a) * b,
+            lambda b, n, d: 25 * b * n * d,  # erf by a polynomial and one exponential
         ),
     ],
 )

@@ -60,9 +60,20 @@ def _case(name: str, *shape: int, wanted: int = 0b11111, **rest):  # type: ignor
     return Case(name, args)
 
 
+def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
+    shape, operand = _broadcast.drawn(draw, pick, 2)  # of one column, LayerNorm's gradient is all cancelled
+    given = {name: pick.maybe(operand) for name in ("scale", "shift", "weight", "bias")}
+    given |= {name: pick.maybe(lambda: draw(*shape)) for name in ("residual", "delta")}
+    given["gate"] = pick.maybe(operand) if given["delta"] is not None else None
+    order = [given.get(name, True) is not None for name in WANTED]
+    wanted = bits(has and pick.random() < 0.7 for has in order)
+    return {"grad": draw(*shape), "x": draw(*shape), **given, **_norm.how(pick), "wanted": wanted}
+
+
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     c=3.0,
     cases=[
         _case("adaln", 2, 35, 72, scale=(2, 72), shift=(2, 72), wanted=0b111),

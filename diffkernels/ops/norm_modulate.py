@@ -24,20 +24,35 @@ def _eager(x, scale, shift):  # type: ignore[no-untyped-def]
     return F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def _adaln(*shape: int):  # type: ignore[no-untyped-def]
-    def args(draw):  # type: ignore[no-untyped-def]
-        b, d = shape[0], shape[-1]
-        scale, shift, *_ = draw(b, 6 * d).chunk(6, dim=-1)
-        return {"x": draw(*shape), "scale": scale, "shift": shift}
+def _eager_rms(x, weight):  # type: ignore[no-untyped-def]
+    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + 1e-8) * weight
 
-    return args
+
+def _adaln(draw, b, n, d):  # type: ignore[no-untyped-def]
+    scale, shift, *_ = draw(b, 6 * d).chunk(6, dim=-1)
+    return {"x": draw(b, n, d), "scale": scale, "shift": shift}
+
+
+def _rms_outside(draw, n, d):  # type: ignore[no-untyped-def]
+    return {"x": draw(n, d), "weight": draw(d), "norm": "rms", "eps": 1e-8, "eps_mode": "outside"}
+
+
+def _flops(b, n, d):  # type: ignore[no-untyped-def]
+    return 8 * b * n * d  # mean, variance, normalisation, modulation: 1 + 3 + 2 + 2 an element
+
+
+def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
+    shape, operand = _broadcast.drawn(draw, pick)
+    operands = {name: pick.maybe(operand) for name in ("scale", "shift", "weight", "bias")}
+    return {"x": draw(*shape), **operands, **_norm.how(pick)}
 
 
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
-        Case("adaln", _adaln(2, 9, 72)),
+        Case("adaln", _adaln, (2, 9, 72)),
         Case("plain", lambda draw: {"x": draw(3, 5, 64)}),
         Case("affine", lambda draw: {"x": draw(2, 7, 48), "weight": draw(48), "bias": draw(48), "eps": 1e-5}),
         Case(
@@ -47,10 +62,7 @@ def _adaln(*shape: int):  # type: ignore[no-untyped-def]
         Case("per-frame", lambda draw: {"x": draw(2, 12, 40), "scale": draw(2, 3, 1, 40), "shift": draw(2, 3, 1, 40)}),
         Case("per-frame-4d", lambda draw: {"x": draw(2, 3, 4, 40), "scale": draw(2, 3, 1, 40), "shift": draw(2, 40)}),
         Case("mixed-dtypes", lambda draw: {"x": draw(2, 4, 65), "scale": draw.f32(2, 65), "weight": draw.f32(65)}),
-        Case(
-            "rms-outside",
-            lambda draw: {"x": draw(4, 60), "weight": draw(60), "norm": "rms", "eps": 1e-8, "eps_mode": "outside"},
-        ),
+        Case("rms-outside", _rms_outside, (4, 60)),
         Case("rms", lambda draw: {"x": draw(2, 3, 2, 31), "weight": draw(31), "norm": "rms"}),
         Case("layer-outside", lambda draw: {"x": draw(3, 130), "eps": 1e-3, "eps_mode": "outside"}),
         Case("one-row", lambda draw: {"x": draw(257), "scale": draw(257)}),
@@ -59,13 +71,17 @@ def _adaln(*shape: int):  # type: ignore[no-untyped-def]
         Case("no-tokens", lambda draw: {"x": draw(2, 0, 16), "scale": draw(2, 16), "shift": draw(2, 16)}),
         Case("wide", lambda draw: {"x": draw(2, 8191), "weight": draw(8191), "norm": "rms"}),
         Case("widest", lambda draw: {"x": draw(1, 66816), "weight": draw(66816), "bias": draw(66816)}),
-        Case("dit-xl-256", _adaln(8, 256, 1152), model="DiT-XL/2 at 256², batch 8", eager=_eager, backward=True),
-        Case("flux-1024", _adaln(1, 4608, 3072), model="FLUX at 1024²", eager=_eager),
+        Case("dit-xl-256", _adaln, (8, 256, 1152), "DiT-XL/2 at 256², batch 8", _eager, _flops, backward=True),
+        Case("pixart-1024", _adaln, (2, 4096, 1152), "PixArt-α at 1024², batch 2", _eager, _flops),
+        Case("flux-1024", _adaln, (1, 4608, 3072), "FLUX at 1024²", _eager, _flops),
+        Case("wan-480p", _adaln, (1, 32760, 1536), "Wan 1.3B at 480p, 81 frames", _eager, _flops),
         Case(
             "dimr-g-cascade",
-            lambda draw: {"x": draw(512, 66816), "weight": draw(66816), "norm": "rms", "eps": 1e-8, "eps_mode": "outside"},
-            model="DiMR-G/2R's widest row, as RMSNorm, 512 tokens",
-            eager=lambda x, weight: x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * 66816**-0.5 + 1e-8) * weight,
+            _rms_outside,
+            (512, 66816),
+            "DiMR-G/2R's widest row, as RMSNorm, 512 tokens",
+            _eager_rms,
+            lambda n, d: 4 * n * d,
         ),
     ],
 )

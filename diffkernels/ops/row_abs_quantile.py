@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .._case import Case
 from .._op import op
-from ._solver import Columns, check_per_sample, check_state, combined
+from ._solver import MAX_OUTPUTS, Columns, check_per_sample, check_state, combined
 
 
 def _check(outputs, x, coef, step, gain, q, guided_channels):  # type: ignore[no-untyped-def]
@@ -37,7 +38,18 @@ def _args(draw: Any, shape: tuple[int, ...], outputs: int = 1, gain: bool = Fals
     }
 
 
-def _x0(draw: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+def _fuzz(draw: Any, pick: Any) -> dict[str, Any]:
+    shape = (pick.size(4, 0), pick.size(3), pick.size(30000))
+    guided = {"guided_channels": pick.randint(0, shape[1])} if pick.random() < 0.3 else {}
+    q = pick.choice((0.0, 0.5, 0.995, 1.0, pick.random()))
+    return _args(draw, shape, pick.randint(1, MAX_OUTPUTS), pick.random() < 0.5, q=q, **guided)
+
+
+def _flops(*shape: int) -> float:
+    return 6 * math.prod(shape)  # m, three times over
+
+
+def _x0(draw: Any, *shape: int) -> dict[str, Any]:
     """x0 = (x - sigma (u + w (c - u))) / alpha."""
     w, sigma, alpha = 4.0, 0.6, 0.8
     row = [-sigma / alpha * (1 - w), -sigma / alpha * w, 1 / alpha]
@@ -54,6 +66,7 @@ def _eager(outputs, x):  # type: ignore[no-untyped-def]
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
         Case("one-output", lambda d: _args(d, (2, 3, 5))),
         Case("cfg", lambda d: _args(d, (3, 4, 30, 9), 2)),
@@ -63,8 +76,8 @@ def _eager(outputs, x):  # type: ignore[no-untyped-def]
         Case("rescale", lambda d: _args(d, (2, 3, 600), 2, gain=True, guided_channels=2)),
         Case("one-element", lambda d: _args(d, (5,))),
         Case("no-samples", lambda d: _args(d, (0, 6))),
-        Case("sd15-512", lambda d: _x0(d, (8, 4, 64, 64)), model="SD1.5 latents at 512², batch 8", eager=_eager),
-        Case("sdxl-1024", lambda d: _x0(d, (16, 4, 128, 128)), model="SDXL latents at 1024², batch 16", eager=_eager),
+        Case("sd15-512", _x0, (8, 4, 64, 64), "SD1.5 latents at 512², batch 8", _eager, _flops),
+        Case("sdxl-1024", _x0, (16, 4, 128, 128), "SDXL latents at 1024², batch 16", _eager, _flops),
     ],
 )
 def row_abs_quantile(

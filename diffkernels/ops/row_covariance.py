@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,18 @@ def _args(draw: Any, shape: tuple[int, ...], count: int) -> dict[str, Any]:
     return {"tensors": [draw(*shape) for _ in range(count)]}
 
 
+def _two(draw: Any, *shape: int) -> dict[str, Any]:
+    return _args(draw, shape, 2)
+
+
+def _flops(*shape: int) -> float:
+    return 8 * math.prod(shape)  # of two: their sums, and their three products' sums
+
+
+def _fuzz(draw: Any, pick: Any) -> dict[str, Any]:
+    return _args(draw, (pick.size(4, 0), pick.size(3), pick.size(9000)), pick.randint(1, MAX_OUTPUTS))
+
+
 def _eager(tensors):  # type: ignore[no-untyped-def]
     return [t.float().flatten(1).std(1) for t in tensors]
 
@@ -41,14 +54,15 @@ def _eager(tensors):  # type: ignore[no-untyped-def]
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
         Case("one", lambda d: _args(d, (2, 3, 5), 1)),
-        Case("two", lambda d: _args(d, (3, 4, 30, 9), 2)),
+        Case("two", _two, (3, 4, 30, 9)),
         Case("four", lambda d: _args(d, (2, 1500), 4)),
-        Case("one-element", lambda d: _args(d, (5,), 2)),
-        Case("no-samples", lambda d: _args(d, (0, 6), 2)),
-        Case("sd15-512", lambda d: _args(d, (8, 4, 64, 64), 2), model="SD1.5 outputs at 512², batch 8", eager=_eager),
-        Case("sdxl-1024", lambda d: _args(d, (16, 4, 128, 128), 2), model="SDXL outputs at 1024², batch 16", eager=_eager),
+        Case("one-element", _two, (5,)),
+        Case("no-samples", _two, (0, 6)),
+        Case("sd15-512", _two, (8, 4, 64, 64), "SD1.5 outputs at 512², batch 8", _eager, _flops),
+        Case("sdxl-1024", _two, (16, 4, 128, 128), "SDXL outputs at 1024², batch 16", _eager, _flops),
     ],
 )
 def row_covariance(tensors: list[Tensor]) -> Tensor:

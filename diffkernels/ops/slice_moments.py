@@ -19,6 +19,15 @@ def _allocate(x, weight):  # type: ignore[no-untyped-def]
     return [empty_like(x), torch.empty(*x.shape[:-1], 2, dtype=wide, device=x.device)]
 
 
+def _drawn(draw, b, n, d):  # type: ignore[no-untyped-def]
+    return {"x": draw(b, n, d), "weight": draw(d)}
+
+
+def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
+    shape, operand = _broadcast.drawn(draw, pick)
+    return {"x": draw(*shape), "weight": operand()}
+
+
 def _eager(x, weight):  # type: ignore[no-untyped-def]
     return x * weight, torch.var_mean(x, dim=-1, correction=0)
 
@@ -26,8 +35,9 @@ def _eager(x, weight):  # type: ignore[no-untyped-def]
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
-        Case("shared", lambda d: {"x": d(2, 9, 72), "weight": d(72)}),
+        Case("shared", _drawn, (2, 9, 72)),
         Case("per-sample", lambda d: {"x": d(3, 5, 65), "weight": d(3, 65)}),
         Case("skip-token", lambda d: {"x": d(2, 6, 48)[:, 1:], "weight": d.f32(48)}),
         Case("one-row", lambda d: {"x": d(257), "weight": d(257)}),
@@ -35,7 +45,7 @@ def _eager(x, weight):  # type: ignore[no-untyped-def]
         Case("no-samples", lambda d: {"x": d(0, 4, 16), "weight": d(16)}),
         Case("no-tokens", lambda d: {"x": d(2, 0, 16), "weight": d(2, 16)}),
         Case("wide", lambda d: {"x": d(2, 8191), "weight": d(8191)}),
-        Case("dimr-xl", lambda d: {"x": d(8, 256, 960), "weight": d(960)}, model="DiMR-XL/2R, batch 8", eager=_eager),
+        Case("dimr-xl", _drawn, (8, 256, 960), "DiMR-XL/2R, batch 8", _eager, lambda b, n, d: 5 * b * n * d),
     ],
 )
 def slice_moments(x: Tensor, weight: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -84,25 +85,38 @@ def _args(draw: Any, shape: tuple[int, ...], outputs: int = 1, history: int = 0,
     return args | {"coef": coef, "step": draw.index(3)}
 
 
-def _dpmpp_2m_cfg(*shape: int, noise: bool = False):  # type: ignore[no-untyped-def]
-    def args(draw):  # type: ignore[no-untyped-def]
-        """y = a x + b m + d m1 + s z and m = (x - sigma (u + w (c - u))) / alpha, m kept as history."""
-        w, sigma, alpha, a, b, d = 4.0, 0.6, 0.8, 0.9, 0.3, -0.1
-        none, some = ([0.0], [0.5]) if noise else ([], [])
-        row = [-sigma / alpha * (1 - w), -sigma / alpha * w, 1 / alpha, *none, -torch.inf, torch.inf]
-        row += [b, a, d, *some, 1, 0, 0, *none]
-        coef = draw.index(1).new_tensor([[row]], dtype=torch.float32)
-        return {
-            "outputs": [draw(*shape), draw(*shape)],
-            "x": draw.f32(*shape),
-            "history": [draw.f32(*shape)],
-            "coef": coef,
-            "step": draw.index(1),
-            "seed": draw.seeds(shape[0]) if noise else None,
-            "results": 2,
-        }
+def _dpmpp_2m_cfg(draw: Any, *shape: int, noise: bool = False) -> dict[str, Any]:
+    """y = a x + b m + d m1 + s z and m = (x - sigma (u + w (c - u))) / alpha, m kept as history."""
+    w, sigma, alpha, a, b, d = 4.0, 0.6, 0.8, 0.9, 0.3, -0.1
+    none, some = ([0.0], [0.5]) if noise else ([], [])
+    row = [-sigma / alpha * (1 - w), -sigma / alpha * w, 1 / alpha, *none, -torch.inf, torch.inf]
+    row += [b, a, d, *some, 1, 0, 0, *none]
+    coef = draw.index(1).new_tensor([[row]], dtype=torch.float32)
+    return {
+        "outputs": [draw(*shape), draw(*shape)],
+        "x": draw.f32(*shape),
+        "history": [draw.f32(*shape)],
+        "coef": coef,
+        "step": draw.index(1),
+        "seed": draw.seeds(shape[0]) if noise else None,
+        "results": 2,
+    }
 
-    return args
+
+def _sde_dpmpp_2m_cfg(draw: Any, *shape: int) -> dict[str, Any]:
+    return _dpmpp_2m_cfg(draw, *shape, noise=True)
+
+
+def _flops(*shape: int) -> float:
+    return 11 * math.prod(shape)  # m of three terms, y of three
+
+
+def _fuzz(draw: Any, pick: Any) -> dict[str, Any]:
+    shape = (pick.size(4, 0), pick.size(3), pick.size(3000, 0))
+    guided = {"guided_channels": pick.randint(0, shape[1])} if pick.random() < 0.3 else {}
+    wanted = [name for name in EVERYTHING if pick.random() < 0.3]
+    outputs, history, results = pick.randint(1, MAX_OUTPUTS), pick.randint(0, MAX_HISTORY), pick.randint(1, MAX_RESULTS)
+    return _args(draw, shape, outputs, history, results=results, watch=pick.random() < 0.3, wanted=wanted, **guided)
 
 
 def _eager(outputs, x, history):  # type: ignore[no-untyped-def]
@@ -126,6 +140,7 @@ EVERYTHING = ("seed", "gain", "bound", "mask", "copies")
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
         Case("one-output", lambda d: _args(d, (2, 3, 5))),
         Case("cfg-2m", lambda d: _args(d, (2, 4, 5, 7), 2, 1, results=2)),
@@ -140,11 +155,11 @@ EVERYTHING = ("seed", "gain", "bound", "mask", "copies")
         Case("everything", lambda d: _args(d, (2, 3, 430), 4, 5, results=3, guided_channels=1, watch=True, wanted=EVERYTHING)),
         Case("learned-sigma", lambda d: _args(d, (2, 4, 33)) | {"outputs": [d(2, 8, 33)[:, :4]]}),
         Case("vector", lambda d: _args(d, (7,), 2, 1, wanted=("seed", "copies"))),
-        Case("no-samples", lambda d: _args(d, (0, 6), watch=True)),
+        Case("no-samples", lambda d: _args(d, (0, 6), watch=True, wanted=("seed",))),
         Case("no-elements", lambda d: _args(d, (3, 0), 2, results=2, watch=True, wanted=("seed",))),
-        Case("dpmpp-2m-cfg-512", _dpmpp_2m_cfg(1, 4, 64, 64), model="SD1.5 latent at 512²", eager=_eager),
-        Case("dpmpp-2m-cfg-1024", _dpmpp_2m_cfg(*LATENTS), model="SDXL latents at 1024², batch 16", eager=_eager),
-        Case("sde-dpmpp-2m-cfg-1024", _dpmpp_2m_cfg(*LATENTS, noise=True), model="the same with noise", eager=_eager_noise),
+        Case("dpmpp-2m-cfg-512", _dpmpp_2m_cfg, (1, 4, 64, 64), "SD1.5 latent at 512²", _eager, _flops),
+        Case("dpmpp-2m-cfg-1024", _dpmpp_2m_cfg, LATENTS, "SDXL latents at 1024², batch 16", _eager, _flops),
+        Case("sde-dpmpp-2m-cfg-1024", _sde_dpmpp_2m_cfg, LATENTS, "the same with noise", _eager_noise),
     ],
 )
 def solver_step(

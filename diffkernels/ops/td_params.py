@@ -37,16 +37,21 @@ def _allocate_backward(grad, p0, p1, w, b, tau, wanted):  # type: ignore[no-unty
     return [empty_like(t) for i, t in enumerate((p0, p1, w, b, tau)) if wanted >> i & 1]
 
 
-def _drawn(count: int, times: int, wide_tau: bool = True):  # type: ignore[no-untyped-def]
-    def args(draw):  # type: ignore[no-untyped-def]
-        tau = draw.f32(times) if wide_tau else draw(times)
-        return {"p0": draw(count), "p1": draw(count), "w": draw(count), "b": draw(count), "tau": tau}
-
-    return args
+def _drawn(draw, count, times, wide_tau=True):  # type: ignore[no-untyped-def]
+    tau = draw.f32(times) if wide_tau else draw(times)
+    return {"p0": draw(count), "p1": draw(count), "w": draw(count), "b": draw(count), "tau": tau}
 
 
-def _backward_case(name: str, count: int, times: int, wanted: int = 31, wide_tau: bool = True) -> Case:
-    return Case(name, lambda d: {"grad": d(times, count), **_drawn(count, times, wide_tau)(d), "wanted": wanted})
+def _with_grad(draw, count, times, wanted=31, wide_tau=True):  # type: ignore[no-untyped-def]
+    return {"grad": draw(times, count), **_drawn(draw, count, times, wide_tau), "wanted": wanted}
+
+
+def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
+    return _drawn(draw, pick.size(9000, 0), pick.size(8, 0), pick.choice((False, True)))
+
+
+def _fuzz_backward(draw, pick):  # type: ignore[no-untyped-def]
+    return _with_grad(draw, pick.size(9000, 0), pick.size(8, 0), pick.randrange(32), pick.choice((False, True)))
 
 
 PAIRS = [960] * 78 + [480] * 21 + [960, 480] * 2 + [38400] * 2 + [480] * 2  # DiMR-XL/2R's modules
@@ -66,16 +71,17 @@ def _eager(p0, p1, w, b, tau):  # type: ignore[no-untyped-def]
 @op(
     allocate=_allocate,
     check=_check,
+    fuzz=_fuzz,
     cases=[
-        Case("one-time", _drawn(37, 1)),
-        Case("batch", _drawn(1000, 5)),
-        Case("schedule", _drawn(61, 50)),
-        Case("half-tau", _drawn(33, 3, wide_tau=False)),
-        Case("one-parameter", _drawn(1, 4)),
-        Case("no-times", _drawn(16, 0)),
-        Case("no-parameters", _drawn(0, 3)),
-        Case("many", _drawn(9001, 2)),
-        Case("dimr-xl", _drawn(sum(PAIRS), 1), model="DiMR-XL/2R's 107 modules, one time", eager=_eager),
+        Case("one-time", _drawn, (37, 1)),
+        Case("batch", _drawn, (1000, 5)),
+        Case("schedule", _drawn, (61, 50)),
+        Case("half-tau", _drawn, (33, 3, False)),
+        Case("one-parameter", _drawn, (1, 4)),
+        Case("no-times", _drawn, (16, 0)),
+        Case("no-parameters", _drawn, (0, 3)),
+        Case("many", _drawn, (9001, 2)),
+        Case("dimr-xl", _drawn, (sum(PAIRS), 1), "DiMR-XL/2R's 107 modules, one time", _eager, lambda p, t: 20 * p * t),
     ],
 )
 def td_params(p0: Tensor, p1: Tensor, w: Tensor, b: Tensor, tau: Tensor) -> Tensor:
@@ -102,16 +108,17 @@ def td_params(p0: Tensor, p1: Tensor, w: Tensor, b: Tensor, tau: Tensor) -> Tens
 @op(
     allocate=_allocate_backward,
     check=_check_backward,
+    fuzz=_fuzz_backward,
     c=3.0,
     cases=[
-        _backward_case("one-time", 257, 1),
-        _backward_case("batch", 1000, 5),
-        _backward_case("schedule", 61, 50),
-        _backward_case("parameters", 130, 3, wanted=0b01111),
-        _backward_case("tau", 130, 3, wanted=0b10000, wide_tau=False),
-        _backward_case("no-times", 16, 0),
-        _backward_case("no-parameters", 0, 3),
-        _backward_case("many", 4099, 24),
+        Case("one-time", _with_grad, (257, 1)),
+        Case("batch", _with_grad, (1000, 5)),
+        Case("schedule", _with_grad, (61, 50)),
+        Case("parameters", _with_grad, (130, 3, 0b01111)),
+        Case("tau", _with_grad, (130, 3, 0b10000, False)),
+        Case("no-times", _with_grad, (16, 0)),
+        Case("no-parameters", _with_grad, (0, 3)),
+        Case("many", _with_grad, (4099, 24)),
     ],
 )
 def td_params_backward(grad: Tensor, p0: Tensor, p1: Tensor, w: Tensor, b: Tensor, tau: Tensor, wanted: int) -> list[Tensor]:
