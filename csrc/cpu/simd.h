@@ -75,7 +75,11 @@ DK_INLINE bool any(I mask) {  // a comparison's result
 
 // Half precision, by vector, to nearest even. For bf16 a NaN must be `quiet`, which is cheaper once than at every store:
 // rounding carries a NaN whose lower half is zero to a NaN, and arithmetic on such NaNs makes only such NaNs.
+#if defined(__AVX512F__)  // said outright: gcc 12 makes two halves of it
+DK_INLINE F widen(H h, bf16) { return bit_cast<F>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h)), 16)); }
+#else
 DK_INLINE F widen(H h, bf16) { return bit_cast<F>(__builtin_convertvector(h, U) << 16); }
+#endif
 DK_INLINE F quiet(F v) { return choose(v == v, v, splat(__builtin_nanf(""))); }
 DK_INLINE U rounded(F v) {  // the bf16 is the upper half
     const U u = bit_cast<U>(v);

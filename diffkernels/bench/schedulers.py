@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .. import _ladder
 from .._case import Draw
 from .._op import OPS
 from ..sampling import DiscreteVP, Sampler
-from .timing import measure
+from . import oracle
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CASES: dict[
@@ -34,28 +34,21 @@ SHAPES = ((8, 4, 64, 64), (16, 4, 128, 128))
 RUNS = [(name, shape, 20) for name in CASES for shape in SHAPES] + [("dpmpp-2m", (1, 4, 64, 64), 50)]
 
 
-def rows(seconds: float) -> Iterator[dict[str, Any]]:
-    """A row a case: microseconds a step, of a whole loop's. Raises ValueError where diffusers is not installed."""
+NAMES = {f"{name}, mean of {steps} steps, {'×'.join(map(str, shape))}": (name, shape, steps) for name, shape, steps in RUNS}
+NOISE = "sde-dpmpp-2m-cfg-1024"
+
+
+def subject(case: str) -> tuple[dict[str, Any], dict[str, Callable[[], Tensor]], dict[str, float | None], int]:
+    """Row, contenders, errors and steps of one of NAMES. Raises ValueError where diffusers is not installed."""
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError(f"schedulers: the peer is diffusers, which can't be imported here ({error})") from error
-    for name, shape, steps in RUNS:
-        kind, settings, solver, options = CASES[name]
-        peer = getattr(diffusers, kind)(**BETAS, **settings)
-        peer.set_timesteps(steps)
-        yield _row(
-            name,
-            shape,
-            steps,
-            peer,
-            Sampler(solver, schedule=DiscreteVP.scaled_linear(), spacing="dpm_linspace", **options),
-            seconds,
-        )
-    yield noise_row(seconds)
-
-
-def _row(name: str, shape: tuple[int, ...], steps: int, peer: Any, sampler: Sampler, seconds: float) -> dict[str, Any]:
+        raise ValueError(f"the peer is diffusers, which can't be imported here ({error})") from error
+    name, shape, steps = NAMES[case]
+    kind, settings, solver, options = CASES[name]
+    peer = getattr(diffusers, kind)(**BETAS, **settings)
+    peer.set_timesteps(steps)
+    sampler = Sampler(solver, schedule=DiscreteVP.scaled_linear(), spacing="dpm_linspace", **options)
     draw = Draw(torch.float32)
     x, out = draw(*shape), draw(*shape)
     prepared, exact = sampler.prepare(x, steps=steps), sampler.prepare(x.double(), steps=steps)
@@ -71,62 +64,37 @@ def _row(name: str, shape: tuple[int, ...], steps: int, peer: Any, sampler: Samp
     def ours() -> Tensor:
         return prepared(lambda x, t: out, x)
 
-    timing = measure(
-        {"ours": ours, "diffusers": theirs, "checked": lambda: sampler(lambda x, t: out, x, steps=steps)}, seconds, 9
-    )
     truth = exact(lambda x, t: out.double(), x.double())
-    found: dict[str, dict[str, Any]] = {name: {"us": timing.median(name) * 1e6 / steps} for name in ("diffusers", "checked")}
-    for contender in found:
-        ratio, low, high = timing.ratio(contender, "ours")
-        found[contender] |= {"ratio": ratio, "ratio_95": [low, high]}
-    return {
-        "op": "scheduler step",
-        "case": f"{name}, mean of {steps} steps",
+    row = {
         "model": "latents " + "×".join(map(str, shape)),
-        "dtype": "f32",
         "rung": _ladder.running("solver_step"),
         "shape": list(shape),
-        "us": timing.median("ours") * 1e6 / steps,
-        "us_p10_p90": [t * 1e6 / steps for t in timing.spread("ours")],
         "error": _error(ours(), truth),
-        "peers": {
-            "diffusers": found["diffusers"] | {"error": _error(theirs(), truth)},
-            "ours, checking for NaN": found["checked"],
-        },
     }
+    checked = "ours, checking for NaN"
+    contenders = {"ours": ours, "diffusers": theirs, checked: lambda: sampler(lambda x, t: out, x, steps=steps)}
+    return row, contenders, {"diffusers": _error(theirs(), truth), checked: None}, steps
 
 
-def noise_row(seconds: float) -> dict[str, Any]:
+def noise(case: str) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
     """The same step with noise made in it and without, and what torch takes to make as much."""
     op = OPS["solver_step"]
-    cases = {case.name: case for case in op.cases}
-    args = {name: op.bind((), cases[name].args(Draw(torch.float32))) for name in ("sde-dpmpp-2m-cfg-1024", "dpmpp-2m-cfg-1024")}
-    x = args["dpmpp-2m-cfg-1024"][1]
-
-    def call(name: str) -> Callable[[], Any]:
-        return lambda: op.call(*args[name])
-
-    contenders = {
-        "ours": call("sde-dpmpp-2m-cfg-1024"),
-        "without noise": call("dpmpp-2m-cfg-1024"),
-        "randn": lambda: torch.randn_like(x),
-    }
-    timing = measure(contenders, seconds)
-    peers = {}
-    for name in ("without noise", "randn"):
-        ratio, low, high = timing.ratio(name, "ours")
-        peers[name] = {"us": timing.median(name) * 1e6, "ratio": ratio, "ratio_95": [low, high]}
-    return {
-        "op": "noise in the step",
-        "case": "sde-dpmpp-2m-cfg-1024",
+    cases = {c.name: c for c in op.cases}
+    with_noise, without = (op.bind((), cases[name].args(Draw(torch.float32))) for name in (case, "dpmpp-2m-cfg-1024"))
+    x = without[1]
+    got, exact = op.call(*with_noise), oracle.exact(op, with_noise)
+    row = {
         "model": "latents " + "×".join(map(str, x.shape)),
-        "dtype": "f32",
         "rung": _ladder.running("solver_step"),
         "shape": list(x.shape),
-        "us": timing.median("ours") * 1e6,
-        "us_p10_p90": [t * 1e6 for t in timing.spread("ours")],
-        "peers": peers,
+        "error": max(_error(g, e) for g, e in zip(got, exact, strict=True)),
     }
+    contenders = {
+        "ours": lambda: op.call(*with_noise),
+        "without noise": lambda: op.call(*without),
+        "randn": lambda: torch.randn_like(x),
+    }
+    return row, contenders
 
 
 def _error(got: Tensor, exact: Tensor) -> float:

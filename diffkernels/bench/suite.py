@@ -1,167 +1,218 @@
-"""The cases that ops declare with a model's name, timed against PyTorch eager and `torch.compile`."""
+"""What is timed: the cases that ops declare with a model's name, and whole steps and models; a Subject each."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import json
-import os
-import platform
-import tempfile
+import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import _C, _ladder
+from .. import _ladder
 from .._case import Case, Draw
 from .._op import OPS, Op
-from . import dimr, oracle, schedulers
-from .timing import measure
+from . import dimr, machine, oracle, peers, schedulers
+from .timing import Busy, Call, measure
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-FORMAT = 1
+COPIES = 256  # of a case's tensors at most, for a cold cache
 
 
-def cases(ops: list[str] | None = None, dtypes: list[str] | None = None) -> list[tuple[Op, Case, str]]:
-    """What there is to time. Raises ValueError, with what there is, for an unknown op or dtype."""
-    for name in ops or []:
-        if name not in OPS and name not in MODELS:
-            raise ValueError(f"op: expected one of {', '.join((*OPS, *MODELS))}; got {name!r}")
-    for name in dtypes or []:
-        if name not in DTYPES:
-            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}; got {name!r}")
-    return [
-        (op, case, dtype)
-        for name, op in OPS.items()
-        if not ops or name in ops
-        for case in op.cases
-        if case.model is not None
-        for dtype in dtypes or ("f32", "bf16")
-    ]
+@dataclass(frozen=True)
+class Task:
+    """One row to be measured, in words that another process understands."""
+
+    op: str
+    case: str
+    dtype: str = "f32"
+    rung: str | None = None
+    device: str = "cpu"
+    shape: tuple[int, ...] | None = None
+    backward: bool = False
+    vs: tuple[str, ...] = peers.ALWAYS
+    l2: str = "warm"
+    seconds: float = 1.0
+    limit: float = 0.03
+
+    def row(self) -> dict[str, Any]:
+        """What is known of the row before anything is measured."""
+        running, model, shape = self.rung, None, self.shape
+        if self.op in OPS:
+            case = _case(OPS[self.op], self.case)
+            model, shape = case.model, self.shape or case.shape
+            running = running or _ladder.running(self.op, self.device)
+        name = self.op + (" and its gradients" if self.backward else "")
+        return {
+            "op": name, "case": self.case, "model": model, "dtype": self.dtype, "rung": running, "device": self.device,
+            "shape": list(shape or ()), "l2": self.l2,
+        }  # fmt: skip
 
 
-def run(
-    op: Op, case: Case, dtype: str, rung: str | None = None, seconds: float = 2.0, backward: bool = False
-) -> dict[str, Any]:
-    """One row: microseconds and GB/s of ours, the ratio to each peer with its interval, and the error against float64.
+@dataclass
+class Subject:
+    """Contenders that are timed together, ours first; `row` holds what is known of them, the error above all.
 
-    With `backward`: of the op and the gradients of all its inputs, as a training step calls them.
+    `per` is how many steps a call makes; `graphs` are the contenders that a GPU replays as graphs.
     """
-    kwargs = case.args(Draw(DTYPES[dtype]))
-    if backward:
-        kwargs = {name: a.detach().requires_grad_() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
+
+    row: dict[str, Any]
+    contenders: dict[str, Call]
+    errors: dict[str, float | None] = field(default_factory=dict)  # of peers, relative to the largest result
+    skipped: dict[str, str] = field(default_factory=dict)
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
+    graphs: tuple[str, ...] = ()
+    per: int = 1
+    rounds: int = 25
+    context: AbstractContextManager[Any] = field(default_factory=nullcontext)
+
+
+def part(task: Task) -> dict[str, Any]:
+    """The samples of one process: a Subject, measured. Never raises: a row that can't be had says why."""
+    row = task.row()
+    try:
+        with torch.no_grad() if not task.backward else nullcontext():
+            subject = _op_subject(task) if task.op in OPS else MODELS[task.op].subject(task.case)
+            with subject.context:
+                timing = measure(
+                    subject.contenders,
+                    task.seconds,
+                    subject.rounds,
+                    device=task.device,
+                    graphs=subject.graphs,
+                    limit=task.limit,
+                )
+    except Busy as busy:
+        return {"row": row, "not_measured": f"the machine was busy: {busy}"}
+    except Exception as error:  # a case that fails must not end the run, whatever it raises
+        return {"row": row, "not_measured": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    found = {name: getattr(subject, name) for name in ("errors", "skipped", "peak_bytes", "per")}
+    return {"row": row | subject.row, "samples": timing.samples, "faults": timing.faults, "load": timing.load, **found}
+
+
+def _case(op: Op, name: str) -> Case:
+    return next(c for c in op.cases if c.name == name)
+
+
+def _op_subject(task: Task) -> Subject:
+    op = OPS[task.op]
+    case, dtype = _case(op, task.case), DTYPES[task.dtype]
+
+    def drawn(seed: int) -> dict[str, Any]:
+        kwargs = case.args(Draw(dtype, task.device, seed), task.shape)
+        if task.backward:
+            kwargs = {name: a.detach().requires_grad_() if isinstance(a, Tensor) else a for name, a in kwargs.items()}
+        return kwargs
+
+    kwargs = drawn(0)
     args = op.bind((), kwargs)
-    inputs = [a for a in args if isinstance(a, Tensor)]
     with torch.no_grad():
         outs = pytree.tree_leaves(op.call(*args))
-        grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o.dtype) for o in outs]
-
-    def timed(call: Callable[[], Any]) -> Callable[[], Any]:
-        return (lambda: torch.autograd.grad(pytree.tree_leaves(call()), inputs, grads)) if backward else call
-
+        grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o) for o in outs]
     moved = _bytes(args) + _bytes(outs)
-    moved += 2 * _bytes(args) + _bytes(outs) if backward else 0  # grads and inputs read, their gradients written
-    half = torch.zeros(moved // 2, dtype=torch.uint8)
+    moved += 2 * _bytes(args) + _bytes(outs) if task.backward else 0  # grads and inputs read, their gradients written
+    sets = [kwargs]
+    if task.l2 == "cold":  # as many tensors in turn as the last cache does not hold
+        some = -(-2 * machine.cache(task.device) // max(moved, 1)) + 1
+        sets += [drawn(seed) for seed in range(1, min(some, COPIES) if some > 2 else 1)]
+
+    def timed(make: Callable[[dict[str, Any]], Call]) -> Call:
+        calls = [make(given) for given in sets]
+        if task.backward:
+            own = [[a for a in op.bind((), given) if isinstance(a, Tensor)] for given in sets]
+            calls = [_with_gradients(call, mine, grads) for call, mine in zip(calls, own, strict=True)]
+        return _in_turn(calls)
+
+    def ours(given: dict[str, Any]) -> Call:
+        return lambda: op.call(**given)
+
+    with _ladder.rung(task.rung) if task.rung else nullcontext():
+        rung = _ladder.running(op.name, task.device)
+        subject = Subject({"rung": rung, "bytes": moved}, {"ours": timed(ours), "again": timed(ours)})
+        _judge(op, task, args, subject, grads)
+        if not task.backward:
+            subject.row["flops"] = case.flops(*(task.shape or case.shape)) if case.flops else None
+            kernel = _ladder.kernel(rung, op.name) if rung != "reference" else None
+            if kernel is not None and task.device == "cpu":
+                subject.contenders["kernel"] = _kernel(kernel, args, op.allocate(*args))
+        if task.device == "cuda":
+            subject.contenders["called"] = timed(ours)
+        exact = oracle.exact(op, args) if not task.backward else None
+        for name in task.vs:
+            try:
+                peer = timed(peers.PEERS[name](op, case, kwargs))
+                answer = pytree.tree_leaves(peer())
+            except peers.Skip as why:
+                subject.skipped[name] = str(why)
+            except Exception as error:  # a broken peer is a row with its reason
+                subject.skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            else:
+                subject.contenders[name] = peer
+                steady = exact is not None and len(sets) == 1 and _same(answer, pytree.tree_leaves(peer()))
+                subject.errors[name] = _worst(answer, exact) if steady and exact is not None else None
+                subject.peak_bytes[name] = peak_bytes(peer, task.device)
+    subject.peak_bytes["ours"] = peak_bytes(subject.contenders["ours"], task.device)
+    half = torch.zeros(moved // 2, dtype=torch.uint8, device=task.device)
     other = torch.empty_like(half)
-
-    with _ladder.rung(rung) if rung else contextlib.nullcontext(), torch.set_grad_enabled(backward):
-        peers = {name: timed(peer) for name, peer in _peers(case, kwargs).items()}
-        ours = timed(lambda: op.call(**kwargs))
-        timing = measure({"ours": ours, **peers, "copy": lambda: other.copy_(half)}, seconds)
-        got = pytree.tree_leaves(ours())
-        here = _ladder.running(op.name)
-        exact = oracle.exact(op, args)
-        if backward:
-            exact = list(torch.autograd.grad(exact, inputs, [g.double() for g in grads]))
-    row: dict[str, Any] = {
-        "op": op.name + (" and its gradients" if backward else ""),
-        "case": case.name,
-        "model": case.model,
-        "dtype": dtype,
-        "rung": here,
-        "shape": list(next(t for t in pytree.tree_leaves(args) if isinstance(t, Tensor)).shape),
-        "us": timing.median("ours") * 1e6,
-        "us_p10_p90": [t * 1e6 for t in timing.spread("ours")],
-        "bytes": moved,
-        "gb_per_s": moved / timing.median("ours") / 1e9,
-        "percent_of_copy": 100 * timing.ratio("copy", "ours")[0],
-        "page_faults": timing.faults["ours"],
-        "error": _worst(got, exact),
-        "peers": {},
-    }
-    for name, peer in peers.items():
-        ratio, low, high = timing.ratio(name, "ours")
-        answer = pytree.tree_leaves(peer())
-        row["peers"][name] = {
-            "us": timing.median(name) * 1e6,
-            "ratio": ratio,
-            "ratio_95": [low, high],
-            "error": _worst(answer, exact) if _same(answer, pytree.tree_leaves(peer())) else None,
-        }
-    return row
+    subject.contenders["copy"] = lambda: other.copy_(half)
+    subject.graphs = tuple(name for name in subject.contenders if name != "called")
+    subject.context = _ladder.rung(task.rung) if task.rung else nullcontext()
+    return subject
 
 
-def dimr_forward(seconds: float = 5.0) -> Iterator[dict[str, Any]]:
-    """A whole model's forward pass, everything but its GEMMs and its attention, beside the same in plain PyTorch."""
-    name, (contenders, shape) = "dimr-xl-forward", dimr.contenders()
-    with torch.no_grad():
-        got, exact = (torch.as_tensor(contenders[name]()) for name in ("ours", "eager"))
-        with dimr.without_products():
-            timing = measure(contenders, seconds)
-    ratio, low, high = timing.ratio("eager", "ours")
-    yield {
-        "op": name,
-        "case": "all but GEMMs and attention",
-        "model": name,
-        "dtype": "f32",
-        "rung": _ladder.running("norm_modulate"),
-        "shape": shape,
-        "us": timing.median("ours") * 1e6,
-        "us_p10_p90": [t * 1e6 for t in timing.spread("ours")],
-        "difference": ((got - exact).abs().max() / exact.abs().max()).item(),  # of the whole forward, from eager's
-        "peers": {"eager": {"us": timing.median("eager") * 1e6, "ratio": ratio, "ratio_95": [low, high]}},
-    }
+def _judge(op: Op, task: Task, args: tuple[Any, ...], subject: Subject, grads: list[Tensor]) -> None:
+    """Our error beside float64; raises where it is more than the definition's own allows: no speed without it."""
+    got = pytree.tree_leaves(subject.contenders["ours"]())
+    if task.backward:
+        inputs = [a for a in args if isinstance(a, Tensor)]
+        wide = oracle.widened(args)
+        leaves = [a for a in wide if isinstance(a, Tensor)]
+        exact = list(torch.autograd.grad(pytree.tree_leaves(op.body(*wide)), leaves, [g.double() for g in grads]))
+        own = list(torch.autograd.grad(pytree.tree_leaves(op.body(*args)), inputs, grads))
+    else:
+        exact, own = oracle.exact(op, args), pytree.tree_leaves(op.reference(*args))
+    usual = oracle.own_error(exact, own)
+    for g, e, o in zip(got, exact, own, strict=True):
+        oracle.compare(g, e, o, c=3.0 if task.backward else op.c, own=usual if task.backward else 0.0, rms=False)
+    subject.row["error"] = _worst(got, exact)
 
 
-# Rows that belong to no op, by name only: they need gigabytes, or a package that is no dependency.
-MODELS: dict[str, Callable[[float], Iterator[dict[str, Any]]]] = {
-    "dimr-xl-forward": dimr_forward,
-    "schedulers": schedulers.rows,
-}
+def _with_gradients(call: Call, inputs: list[Tensor], grads: list[Tensor]) -> Call:
+    return lambda: torch.autograd.grad(pytree.tree_leaves(call()), inputs, grads)
 
 
-def overhead(seconds: float = 2.0) -> dict[str, Any]:
-    """What one eager call costs before and after its kernel: three tensors of a few elements."""
-    op = OPS["norm_modulate"]
-    x, scale, shift = torch.randn(1, 1, 8), torch.randn(1, 8), torch.randn(1, 8)
-    with torch.no_grad():
-        timing = measure({"ours": lambda: op.call(x, scale, shift), "torch.add": lambda: torch.add(x, x)}, seconds)
-    return {
-        "op": "call overhead",
-        "case": "three small tensors",
-        "model": None,
-        "dtype": "f32",
-        "rung": _ladder.running(op.name),
-        "shape": [1, 1, 8],
-        "us": timing.median("ours") * 1e6,
-        "us_p10_p90": [t * 1e6 for t in timing.spread("ours")],
-        "us_least": min(timing.samples["ours"]) * 1e6,
-        "peers": {"torch.add": {"us": timing.median("torch.add") * 1e6, "us_least": min(timing.samples["torch.add"]) * 1e6}},
-    }
+def _in_turn(calls: list[Call]) -> Call:
+    if len(calls) == 1:
+        return calls[0]
+    turn = itertools.cycle(calls)
+    return lambda: next(turn)()
 
 
-def _peers(case: Case, kwargs: dict[str, Any]) -> dict[str, Any]:
-    if case.eager is None:
-        return {}
-    mine = {name: kwargs[name] for name in inspect.signature(case.eager).parameters}
-    torch._dynamo.reset()  # a graph of its own for every shape, as `dynamic=False` alone would not give
-    compiled = torch.compile(case.eager, dynamic=False)
-    return {"eager": functools.partial(case.eager, **mine), "compile": functools.partial(compiled, **mine)}
+def _kernel(kernel: Any, args: tuple[Any, ...], outs: Any) -> Call:
+    def call() -> Any:
+        refused = kernel(outs, *args)
+        assert refused is None, refused
+        return outs
+
+    return call
+
+
+def peak_bytes(call: Call, device: str) -> int | None:
+    """The most memory that PyTorch's allocator held during a call, beyond what it held before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"] if profile.profiler else []
+    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    return max(0, *held) if held else None
 
 
 def _bytes(args: Any) -> int:
@@ -180,78 +231,99 @@ def _worst(got: list[Tensor], exact: list[Tensor]) -> float | None:
     return max(((g.double() - e).abs().max() / e.abs().max()).item() for g, e in zip(got, exact, strict=True))
 
 
-def machine() -> dict[str, Any]:
-    """What the rows were measured on."""
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines) if k.strip()}
-        model = found.get("model name", model)
-        if "model" in found:
-            model += f" family {found['cpu family']} model {found['model']} stepping {found['stepping']}"
-    except OSError:
-        pass
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "features": list(_C.cpu_features()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _C.build["commit"],
-        "compiler": _C.build["compiler"],
-        "flags": _C.build["flags"],
-        "cuda": _C.build["cuda"],
-    }
+# Rows that belong to no op. A Model's cases are named, and each is a Subject.
 
 
-def slug(machine: dict[str, Any]) -> str:
-    """The machine's name as a file's: letters, digits and dashes."""
-    words = "".join(c if c.isalnum() else " " for c in f"{machine['cpu']} {machine['cores']} cores".lower()).split()
-    return "-".join(w for w in words if w not in ("r", "tm", "cpu", "processor", "family"))
+@dataclass(frozen=True)
+class Model:
+    cases: tuple[str, ...]
+    subject: Callable[[str], Subject]
+    default: bool = False  # run without being named: it needs neither gigabytes nor a package that is no dependency
 
 
-BUILD = ("commit", "torch", "threads", "compiler", "flags", "cuda")  # what a row was measured with
+def _overhead(case: str) -> Subject:
+    """What one eager call costs before and after its kernel: three tensors of a few elements."""
+    op = OPS["norm_modulate"]
+    x, scale, shift = torch.randn(1, 1, 8), torch.randn(1, 8), torch.randn(1, 8)
+    exact = oracle.exact(op, op.bind((x, scale, shift), {}))
+    row = {"rung": _ladder.running(op.name), "shape": [1, 1, 8], "error": _worst([op.call(x, scale, shift)], exact)}
+    add = "torch.add"
+    return Subject(row, {"ours": lambda: op.call(x, scale, shift), add: lambda: torch.add(x, x)}, errors={add: None})
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row is the newest of."""
-    return row["op"], row["case"], row["dtype"], row["rung"], row["threads"]
+def _dimr(case: str) -> Subject:
+    """A whole model's forward pass, everything but its GEMMs and its attention, beside the same in plain PyTorch."""
+    contenders, shape = dimr.contenders()
+    got, exact = (torch.as_tensor(contenders[name]()) for name in ("ours", "eager"))
+    error = ((got - exact).abs().max() / exact.abs().max()).item()  # of the whole forward, from eager's
+    row = {"model": "DiMR-XL/2R, 257 tokens", "rung": _ladder.running("norm_modulate"), "shape": shape, "error": error}
+    return Subject(row, contenders, context=dimr.without_products())
 
 
-def merge(path: Path, here: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Writes the rows into the machine's file, whole or not at all; older rows of other cases stay.
+def _schedulers(case: str) -> Subject:
+    row, contenders, errors, per = schedulers.subject(case)
+    return Subject(row, {**contenders}, errors, per=per, rounds=9)
 
-    Raises ValueError for a file that is no result file of ours.
+
+def _noise(case: str) -> Subject:
+    row, contenders = schedulers.noise(case)
+    return Subject(row, contenders)
+
+
+MODELS = {
+    "call overhead": Model(("three small tensors",), _overhead, default=True),
+    "noise in the step": Model((schedulers.NOISE,), _noise, default=True),
+    "scheduler step": Model(tuple(schedulers.NAMES), _schedulers),
+    "dimr-xl-forward": Model(("all but GEMMs and attention",), _dimr),
+}
+
+
+def tasks(
+    ops: list[str] | None = None,
+    dtypes: list[str] | None = None,
+    shapes: list[tuple[int, ...]] | None = None,
+    device: str = "cpu",
+    **common: Any,
+) -> list[Task]:
+    """What there is to measure. Raises ValueError, with what there is, for an unknown op, case or dtype.
+
+    An entry of `ops` is an op, an op's case (`norm_modulate/flux-1024`), or one of the MODELS.
     """
-    stamped = [row | {name: here[name] for name in BUILD} for row in rows]
-    machine = {name: value for name, value in here.items() if name not in BUILD}
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}")
-            old = [row for row in content["rows"] if key(row) not in {key(new) for new in stamped}]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a result file of format {FORMAT} ({error})") from error
-    content = {"format": FORMAT, "machine": machine, "rows": sorted(old + stamped, key=key)}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    wanted = {name: set[str]() for name in (*OPS, *MODELS)} if not ops else {}
+    for entry in ops or []:
+        name, _, case = entry.partition("/")
+        if name not in OPS and name not in MODELS:
+            raise ValueError(f"op: expected one of {', '.join((*OPS, *MODELS))}; got {name!r}")
+        known = [c.name for c in OPS[name].cases if c.model] if name in OPS else list(MODELS[name].cases)
+        if case and case not in known:
+            raise ValueError(f"op: {name} has the cases {', '.join(known)}; got {case!r}")
+        wanted.setdefault(name, set()).add(case)
+    for dtype in dtypes or []:
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    return list(_tasks(wanted, bool(ops), dtypes or ["f32", "bf16"], shapes, Task("", "", device=device, **common)))
 
 
-def all_rows(
-    chosen: list[tuple[Op, Case, str]], rung: str | None, seconds: float, models: list[str] | None = None
-) -> Iterator[dict[str, Any]]:
-    """The rows one by one, so that what was measured survives an interruption."""
-    yield overhead(seconds)
-    for name in models or []:
-        yield from MODELS[name](seconds)
-    for op, case, dtype in chosen:
-        yield run(op, case, dtype, rung, seconds)
-        if case.backward:
-            yield run(op, case, dtype, rung, seconds, backward=True)
+def _tasks(
+    wanted: dict[str, set[str]], named: bool, dtypes: list[str], shapes: list[tuple[int, ...]] | None, like: Task
+) -> Iterator[Task]:
+    common = asdict(like)
+    for name, cases in wanted.items():
+        every = not cases or "" in cases
+        if name in MODELS:
+            if like.device == "cpu" and (named or MODELS[name].default) and not shapes:
+                for case in MODELS[name].cases:
+                    if every or case in cases:
+                        yield Task(**common | {"op": name, "case": case, "l2": "warm", "rung": None})
+            continue
+        for c in OPS[name].cases:
+            if c.model is None or not (every or c.name in cases):
+                continue
+            at = [None] if shapes is None else [s for s in shapes if len(s) == len(c.shape)]
+            for dtype, shape in itertools.product(dtypes, at):
+                one = common | {"op": name, "case": c.name, "dtype": dtype, "shape": shape}
+                yield Task(**one)
+                if c.backward and common["l2"] == "warm":
+                    yield Task(**one | {"backward": True, "vs": tuple(v for v in common["vs"] if v in peers.ALWAYS)})
+            if shapes is not None and at:
+                break  # a shape is one row: of the first case that takes it

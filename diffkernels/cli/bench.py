@@ -1,101 +1,222 @@
-"""`diffkernels bench`: our kernels beside PyTorch eager and torch.compile, in one process, with the error beside the speed."""
+"""`diffkernels bench`: our kernels beside what people would call instead, with the error beside the speed."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from ..bench.timing import pin_allocator
+RESULTS = Path("benchmarks/results")
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("bench", help="time the kernels against eager and torch.compile", description=__doc__)
-    parser.add_argument("op", nargs="*", help="ops to time (default: all), or dimr-xl-forward")
+    parser = subparsers.add_parser(
+        "bench", help="time the kernels beside eager, torch.compile and other peers", description=__doc__
+    )
+    parser.add_argument("op", nargs="*", help="ops, an op's case (norm_modulate/flux-1024), or whole things; default: all ops")
+    parser.add_argument("--list", action="store_true", help="print the cases, peers and rungs that there are")
+    parser.add_argument("--shapes", help="other shapes than the cases' own: 8x256x1152, several with commas")
     parser.add_argument("--dtype", help="f32, f16, bf16, or several with commas (default: f32,bf16)")
     parser.add_argument("--rung", help="force a rung (default: the one that runs)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="at least this long a row (default: %(default)s)")
-    parser.add_argument("--out", help="folder of the machine's result file (default: benchmarks/results, where there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--vs", help="peers, with commas, or all (default: eager,compile)")
+    parser.add_argument(
+        "--l2", choices=("warm", "cold"), default="warm", help="the last cache before each call (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="at least this long, a row and process (default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=int, default=3, help="whose median a row is (default: %(default)s)")
+    parser.add_argument(
+        "--max-load",
+        type=float,
+        default=3.0,
+        metavar="PERCENT",
+        help="of the machine that others may take while a row is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no row after this time; rows that are missing come first, then the oldest",
+    )
+    parser.add_argument("--out", help=f"folder of the machine's result file (default: {RESULTS}, where there is one)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--md", metavar="FILE", help="write the rows as Markdown")
+    parser.add_argument("--html", metavar="FILE", help="write a page with tables and plots, whole in itself")
+    parser.add_argument("--plot", metavar="FOLDER", help="write the plots as PNG")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="measure nothing: the reports are made of the result files, and README.md beside them anew",
+    )
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("OLD", "NEW"), help="measure nothing: two result files beside each other"
+    )
+    parser.add_argument(
+        "--fail-if-slower",
+        metavar="PERCENT",
+        help="with --compare: exit code 1 where a row is slower by more, and certainly so",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.own_process:
-        pin_allocator()
-    from rich.console import Console
+    from .. import RungError
 
-    from .. import RungError, rung
-    from ..bench import suite
-
-    out = Path(args.out or "benchmarks/results")
-    here, rows = suite.machine(), []
     try:
-        chosen = suite.cases(args.op, args.dtype.split(",") if args.dtype else None)
-        if args.rung:
-            with rung(args.rung):  # a wrong name is an error before anything is measured
-                pass
-        if not args.seconds > 0:
-            raise ValueError(f"--seconds: expected more than 0, got {args.seconds}")
-        if args.out and not out.is_dir():
-            raise ValueError(f"--out: {out} is no folder")
-        console = Console(stderr=True, highlight=False)
-        stopped = False
-        try:
-            with console.status("measuring") as status:
-                for row in suite.all_rows(chosen, args.rung, args.seconds, [n for n in args.op if n in suite.MODELS]):
-                    rows.append(row)
-                    status.update(f"measuring: {len(rows)} rows done")
-        except KeyboardInterrupt:
-            stopped = True
-        if args.json:
-            print(json.dumps({"machine": here, "rows": rows}, indent=1))
-        else:
-            _table(rows)
-        if rows and out.is_dir():
-            path = out / f"{suite.slug(here)}.json"
-            suite.merge(path, here, rows)
-            console.print(f"written: {path}")
-        return 130 if stopped else 0
+        if args.list:
+            return _list()
+        if args.compare:
+            return _compare(args.compare[0], args.compare[1], args.fail_if_slower)
+        return _report(args) if args.report else _measure(args)
     except (ValueError, RungError) as error:
         print(f"diffkernels bench: {error}", file=sys.stderr)
         return 2
 
 
-def _table(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _tasks(args: argparse.Namespace) -> list[Any]:
+    from .. import _ladder, rung
+    from .._op import OPS
+    from ..bench import peers, suite
 
-    table = Table(title="median of interleaved rounds; × with its 95 % interval; error relative to the largest result")
-    for name in ("op", "shape", "dtype", "rung", "µs", "GB/s", "% of copy", "× eager", "× compile", "× other", "error", "its"):
-        table.add_column(name, justify="left" if name in ("op", "shape", "dtype", "rung") else "right", no_wrap=True)
-    for row in rows:
-        peers = row["peers"]
-
-        def times(name: str, peers: dict[str, Any] = peers) -> str:
-            if name not in peers:
-                return ""
-            low, high = peers[name]["ratio_95"]
-            return f"{peers[name]['ratio']:.2f} [dim]{low:.2f}–{high:.2f}[/dim]"
-
-        other = next((name for name in peers if name not in ("eager", "compile") and "ratio" in peers[name]), "")
-        compared = peers.get("eager", peers.get(other, {})).get("error")
-
-        timed = "gb_per_s" in row
-        table.add_row(
-            row["op"],
-            "×".join(map(str, row["shape"])),
-            row["dtype"],
-            row["rung"],
-            f"{row['us']:.1f}",
-            f"{row['gb_per_s']:.1f}" if timed else "",
-            f"{row['percent_of_copy']:.0f}" if timed else "",
-            times("eager"),
-            times("compile"),
-            f"{times(other)} {other}" if other else "",
-            f"{row['error']:.1e}" if "error" in row else "",
-            f"{compared:.1e}" if compared is not None else "",
+    if args.device == "cuda" and (why := _ladder.unavailable("cuda", "cuda")) is not None:
+        raise ValueError(f"--device: cuda can't be used here: {why}")
+    if args.rung:
+        with rung(args.rung):  # a wrong name is an error before anything is measured
+            pass
+    if not args.seconds > 0 or args.processes < 1 or not args.max_load > 0:
+        raise ValueError("--seconds, --processes, --max-load: expected more than 0")
+    try:
+        shapes = (
+            [tuple(int(n) for n in s.lower().replace("×", "x").split("x")) for s in args.shapes.split(",")]
+            if args.shapes
+            else None
         )
-    Console(highlight=False, width=180 if not sys.stdout.isatty() else None).print(table)
+    except ValueError:
+        raise ValueError(f"--shapes: expected 8x256x1152, or several with commas; got {args.shapes!r}") from None
+    common = {
+        "rung": args.rung,
+        "vs": peers.chosen(args.vs),
+        "l2": args.l2,
+        "seconds": args.seconds,
+        "limit": args.max_load / 100,
+    }
+    tasks = suite.tasks(args.op, args.dtype.split(",") if args.dtype else None, shapes, args.device, **common)
+    whys = {_ladder.missing(args.rung, task.op, args.device) for task in tasks if task.op in OPS} if args.rung else {None}
+    if whys and None not in whys:
+        raise ValueError(f"--rung: nothing to run on {args.rung!r} here: {', '.join(sorted(map(str, whys)))}")
+    if not tasks:
+        raise ValueError("nothing to measure: no case has a shape of as many dimensions" if shapes else "nothing to measure")
+    return tasks
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ..bench import machine, report, results, runner
+
+    out = Path(args.out) if args.out else RESULTS
+    if args.out and not out.is_dir():
+        raise ValueError(f"--out: {out} is no folder")
+    tasks, here = _tasks(args), machine.machine(args.device)
+    path = out / f"{machine.slug(here)}.json"
+    if args.budget is not None:
+        known = {results.key(row)[:6]: row for row in results.load(path)["rows"]} if path.exists() else {}
+        seen = [known.get(results.key(task.row())[:6], {}) for task in tasks]
+        order = sorted(range(len(tasks)), key=lambda i: "" if "us" not in seen[i] else seen[i]["when"])
+        tasks = [tasks[i] for i in order]
+    console, stopped, begin = Console(stderr=True, highlight=False), False, time.monotonic()
+    rows: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with runner.Workers(args.processes) as workers, Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("rooflines", total=len(tasks))
+        try:
+            here["rooflines"] = workers.rooflines(args.device)
+            for task in tasks:
+                if args.budget is not None and time.monotonic() - begin > args.budget:
+                    console.print(f"the time is up: {len(tasks) - len(rows)} rows not begun")
+                    break
+                progress.update(bar, description=f"{task.op} {task.case} {task.dtype}")
+                rows += workers.rows([task])
+                progress.advance(bar)
+                if out.is_dir():  # row by row: nothing is lost, whatever happens next
+                    results.merge(path, here, rows[-1:])
+        except KeyboardInterrupt:
+            stopped = True
+    rows = results.stamped(rows, here)
+    if args.json:
+        print(json.dumps({"format": results.FORMAT, "machine": here, "rows": rows}, indent=1))
+    else:
+        report.table(here, rows)
+    _write(args, [{"machine": here, "rows": rows}])
+    if rows and out.is_dir():
+        console.print(f"written: {path}")
+    return 130 if stopped else 0
+
+
+def _write(args: argparse.Namespace, files: list[dict[str, Any]]) -> None:
+    from ..bench import report
+
+    for name, make in (("md", report.markdown), ("html", report.html)):
+        if target := getattr(args, name):
+            try:
+                Path(target).write_text(make(files), encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"--{name}: {error}") from None
+    if args.plot:
+        report.plots(files, Path(args.plot))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from ..bench import report, results
+
+    folder = Path(args.out) if args.out else RESULTS
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ValueError(f"--report: no result file in {folder}")
+    files = [results.load(path) for path in paths]
+    (folder / "README.md").write_text(report.index(files), encoding="utf-8")
+    readme = folder.absolute().parents[1] / "README.md"
+    if readme.exists():
+        readme.write_text(report.put_into(readme.read_text(encoding="utf-8"), files), encoding="utf-8")
+    _write(args, files)
+    return 0
+
+
+def _compare(old: str, new: str, limit: str | None) -> int:
+    from ..bench import report, results
+
+    try:
+        allowed = 1 + float((limit or "inf").removesuffix("%")) / 100
+    except ValueError:
+        raise ValueError(f"--fail-if-slower: expected a percentage such as 5%, got {limit!r}") from None
+    rows = results.compare(results.load(Path(old)), results.load(Path(new)))
+    if not rows:
+        raise ValueError(f"--compare: {old} and {new} have no measured case in common")
+    slower = [row for row in rows if row["slower"] > allowed and row["certain"]]
+    report.comparison(rows)
+    for row in slower:
+        print(f"slower: {row['op']} {row['case']} {row['dtype']} on {row['rung']}: {row['slower']:.2f}×", file=sys.stderr)
+    return 1 if slower else 0
+
+
+def _list() -> int:
+    from .. import _ladder
+    from .._op import OPS
+    from ..bench import peers, suite
+
+    for name, op in OPS.items():
+        for case in op.cases:
+            if case.model:
+                print(f"{name}/{case.name:<24} {'×'.join(map(str, case.shape)):<18} {case.model}")
+    for name, model in suite.MODELS.items():
+        for case_name in model.cases:
+            print(f"{name}/{case_name}")
+    print("peers:", ", ".join(peers.PEERS))
+    print("rungs:", ", ".join(_ladder.RUNGS))
+    return 0

@@ -11,7 +11,7 @@ import torch
 
 from .. import __version__, _ladder
 from .._op import OPS
-from ..bench.suite import machine
+from ..bench.machine import machine
 
 PACKAGES = ("torch", "triton", "numpy", "diffusers")
 

@@ -1,0 +1,231 @@
+"""What a user would call instead of our op: each adapter makes a call of it, or says why it can't be had here.
+
+An adapter takes the op, the case and its keyword arguments, prepares what is prepared once, and returns what makes a call of
+(other) keyword arguments. A library that answers something else than the definition (another approximation, other rounding
+points) is still what people would pick: its error stands beside its time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import io
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._case import Case
+from .._op import Op
+
+Call = Callable[[], Any]
+Bind = Callable[[dict[str, Any]], Call]
+
+
+class Skip(Exception):
+    """Why a peer can't be had: its text is the row's."""
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a broken peer must not end the run, whatever it raises
+        raise Skip(f"{name} can't be imported: {type(error).__name__}: {error}") from None
+
+
+def _formula(case: Case) -> tuple[Callable[..., Any], tuple[str, ...]]:
+    """The case's eager formula and the names of what it takes."""
+    if case.eager is None:
+        raise Skip("the case has no eager formula")
+    return case.eager, tuple(inspect.signature(case.eager).parameters)
+
+
+def _on_gpu(kwargs: dict[str, Any]) -> None:
+    if not any(isinstance(a, Tensor) and a.is_cuda for a in kwargs.values()):
+        raise Skip("runs on a GPU only")
+
+
+def eager(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    formula, names = _formula(case)
+    return lambda given: functools.partial(formula, **{name: given[name] for name in names})
+
+
+def compiled(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    formula, names = _formula(case)
+    torch._dynamo.reset()  # a graph of its own for every shape, as `dynamic=False` alone would not give
+    fast = torch.compile(formula, dynamic=False)
+    return lambda given: functools.partial(fast, **{name: given[name] for name in names})
+
+
+def liger(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """Liger-Kernel: its norms and GEGLU (by tanh), with what it has not fused around them in PyTorch."""
+    if op.name not in ("norm_modulate", "geglu"):
+        raise Skip(f"has nothing for {op.name}")
+    _on_gpu(kwargs)
+    functional = _library("liger_kernel.transformers.functional")
+    if op.name == "geglu":
+        return lambda given: lambda: functional.liger_geglu(given["a"], given["b"])
+    if kwargs.get("norm") == "rms":
+        return lambda given: lambda: functional.liger_rms_norm(given["x"], given["weight"], given["eps"])
+    one, zero = torch.ones_like(kwargs["x"][0, 0]), torch.zeros_like(kwargs["x"][0, 0])
+
+    def bind(given: dict[str, Any]) -> Call:
+        x, scale, shift = given["x"], given["scale"].unsqueeze(1), given["shift"].unsqueeze(1)
+        return lambda: functional.liger_layer_norm(x, one, zero, 1e-6) * (1 + scale) + shift
+
+    return bind
+
+
+class _Formula(nn.Module):
+    def __init__(self, formula: Callable[..., Any], names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.formula, self.names = formula, names
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.formula(**dict(zip(self.names, tensors, strict=True)))
+
+
+def _tensors(names: tuple[str, ...], kwargs: dict[str, Any], library: str) -> tuple[Tensor, ...]:
+    tensors = [kwargs[name] for name in names]
+    if not all(isinstance(t, Tensor) and t.dtype is torch.float32 and not t.is_cuda for t in tensors):
+        raise Skip(f"{library}'s adapter takes float32 tensors on a CPU")
+    return tuple(t.contiguous() for t in tensors)
+
+
+def openvino(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """OpenVINO, the formula converted, in float32 (its CPU plugin would choose bfloat16 where there is one)."""
+    formula, names = _formula(case)
+    tensors = _tensors(names, kwargs, "OpenVINO")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report to its makers
+    ov = _library("openvino")
+    found = ov.convert_model(_Formula(formula, names).eval(), example_input=tensors)
+    hint = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = ov.compile_model(found, "CPU", hint)
+
+    def bind(given: dict[str, Any]) -> Call:
+        request, arrays = model.create_infer_request(), [t.numpy() for t in _tensors(names, given, "OpenVINO")]
+
+        def call() -> list[Tensor]:
+            answer = request.infer(arrays, share_inputs=True, share_outputs=True)
+            return [torch.from_numpy(answer[i]) for i in range(len(answer))]
+
+        return call
+
+    return bind
+
+
+def onnxruntime(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """ONNX Runtime on its CPU provider, all optimisations, inputs bound once."""
+    formula, names = _formula(case)
+    tensors, ort, _ = _tensors(names, kwargs, "ONNX Runtime"), _library("onnxruntime"), _library("onnx")
+    file = io.BytesIO()
+    torch.onnx.export(_Formula(formula, names).eval(), tensors, file, input_names=list(names), dynamo=False, opset_version=18)  # type: ignore[arg-type]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = ort.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+
+    def bind(given: dict[str, Any]) -> Call:
+        binding = session.io_binding()
+        for name, t in zip(names, _tensors(names, given, "ONNX Runtime"), strict=True):
+            binding.bind_cpu_input(name, t.numpy())
+        for output in session.get_outputs():
+            binding.bind_output(output.name)
+
+        def call() -> list[Tensor]:
+            session.run_with_iobinding(binding)
+            return [torch.from_numpy(a) for a in binding.copy_outputs_to_cpu()]
+
+        return call
+
+    return bind
+
+
+def _attention(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as [B, H, S, D] views of our [B, S, H, D]."""
+    if not {"q", "k", "v"} <= kwargs.keys():
+        raise Skip("stands in for attention only")
+    q, k, v = (kwargs[name].transpose(1, 2) for name in "qkv")
+    return q, k, v
+
+
+def sdpa(backend: str, op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """One backend of torch's attention, pinned."""
+    _attention(kwargs)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    pinned, causal = getattr(SDPBackend, backend), bool(kwargs.get("is_causal", False))
+
+    def bind(given: dict[str, Any]) -> Call:
+        q, k, v = _attention(given)
+
+        def call() -> Tensor:
+            with sdpa_kernel(pinned):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+        return call
+
+    return bind
+
+
+def flash_attn(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    _attention(kwargs)
+    _on_gpu(kwargs)
+    attend, causal = _library("flash_attn").flash_attn_func, bool(kwargs.get("is_causal", False))
+    return lambda given: lambda: attend(given["q"], given["k"], given["v"], causal=causal)
+
+
+def sageattention(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    _attention(kwargs)
+    _on_gpu(kwargs)
+    attend, causal = _library("sageattention").sageattn, bool(kwargs.get("is_causal", False))
+    return lambda given: lambda: attend(given["q"], given["k"], given["v"], tensor_layout="NHD", is_causal=causal)
+
+
+def xformers(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    _attention(kwargs)
+    _on_gpu(kwargs)
+    attend = _library("xformers.ops").memory_efficient_attention
+    return lambda given: lambda: attend(given["q"], given["k"], given["v"])
+
+
+def torchao(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """torchao's dynamic W8A8 linear layer."""
+    if not {"x", "weight"} <= kwargs.keys() or "linear" not in op.name:
+        raise Skip("stands in for quantized linear layers only")
+    quantization = _library("torchao.quantization")
+    rows, columns = kwargs["weight"].shape
+    layer = nn.Linear(columns, rows, bias=False)
+    layer.weight = nn.Parameter(kwargs["weight"].float(), requires_grad=False)
+    quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig())
+    return lambda given: lambda: layer(given["x"])
+
+
+PEERS: dict[str, Callable[[Op, Case, dict[str, Any]], Bind]] = {
+    "eager": eager,
+    "compile": compiled,
+    "liger": liger,
+    "openvino": openvino,
+    "onnxruntime": onnxruntime,
+    "torchao": torchao,
+    "sdpa-flash": functools.partial(sdpa, "FLASH_ATTENTION"),
+    "sdpa-efficient": functools.partial(sdpa, "EFFICIENT_ATTENTION"),
+    "sdpa-cudnn": functools.partial(sdpa, "CUDNN_ATTENTION"),
+    "sdpa-math": functools.partial(sdpa, "MATH"),
+    "flash-attn": flash_attn,
+    "sageattention": sageattention,
+    "xformers": xformers,
+}
+ALWAYS = ("eager", "compile")
+
+
+def chosen(names: str | None) -> tuple[str, ...]:
+    """The peers that `--vs` names. Raises ValueError, with what there is, for an unknown one."""
+    wanted = tuple(PEERS) if names == "all" else tuple(names.split(",")) if names else ALWAYS
+    for name in wanted:
+        if name not in PEERS:
+            raise ValueError(f"--vs: expected all, or one of {', '.join(PEERS)}; got {name!r}")
+    return wanted
