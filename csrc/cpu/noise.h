@@ -86,8 +86,15 @@ DK_EACH(<<)
 DK_EACH(>>)
 DK_EACH(!=)
 #undef DK_EACH
+// Integers wrap: by way of unsigned ones, whose overflow is defined.
+DK_INLINE Few<I> operator+(const Few<I>& a, int32_t b) {
+    return each([&](int w) __attribute__((always_inline)) { return I(bit_cast<U>(a.v[w]) + static_cast<uint32_t>(b)); });
+}
+DK_INLINE Few<I> operator-(const Few<I>& a, int32_t b) {
+    return each([&](int w) __attribute__((always_inline)) { return I(bit_cast<U>(a.v[w]) - static_cast<uint32_t>(b)); });
+}
 DK_INLINE Few<I> operator-(int32_t a, const Few<I>& b) {
-    return each([&](int w) __attribute__((always_inline)) { return I(a - b.v[w]); });
+    return each([&](int w) __attribute__((always_inline)) { return I(static_cast<uint32_t>(a) - bit_cast<U>(b.v[w])); });
 }
 
 struct Vectors {
