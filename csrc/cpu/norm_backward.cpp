@@ -311,7 +311,7 @@ Refusal norm_backward(Stream stream, Views out, View grad, View x, Optional scal
         using T = typename TypeOf<decltype(tag)::value>::type;
         if (x.numel() == 0) {  // sums of nothing
             for (const Sum& s : c.sums)
-                if (s.wanted)
+                if (s.wanted && s.out.data)  // null where the sum has no elements either
                     std::memset(s.out.data, 0, static_cast<size_t>(s.out.numel()) * (s.out.dtype == DType::f32 ? 4 : 2));
             return Refusal{nullptr};
         }
