@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -12,9 +13,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import diffkernels as dk
 from diffkernels import _C, _ladder, ops
+from diffkernels._case import Draw
 from diffkernels._op import OPS
 
 
@@ -52,8 +55,9 @@ def test_plain_calls_take_the_short_way() -> None:
         lambda x: x.as_subclass(type("Sub", (torch.Tensor,), {})),
         lambda x: x.numpy(),
         lambda x: [x, torch._neg_view(x)],
+        lambda x: torch._efficientzerotensor(x.shape),
     ],
-    ids=["neg-bit", "requires-grad", "meta", "sparse", "subclass", "numpy", "neg-bit-in-a-list"],
+    ids=["neg-bit", "requires-grad", "meta", "sparse", "subclass", "numpy", "neg-bit-in-a-list", "without-memory"],
 )
 def test_what_is_not_plain(make) -> None:
     assert device_if_plain(make(torch.randn(3, 4))) == 0
@@ -180,6 +184,23 @@ def test_a_kernel_refuses_rather_than_reads_outside() -> None:
     for bad in (-1, 2, 2**31 - 1):
         at, none = torch.tensor(bad, dtype=torch.int32), [None] * 5
         assert "step" in step([y], [x], x, [], coef, at, *none, 1, -1, 0, "float32", False)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_a_tensor_of_another_dtype_is_refused_or_understood(op) -> None:
+    """And never read as what it is not."""
+    for case in op.cases:
+        flat, spec = pytree.tree_flatten(op.bind((), case.args(Draw(torch.float32))) if case.model is None else ())
+        where = [i for i, t in enumerate(flat) if isinstance(t, torch.Tensor)]
+        if sum(flat[i].numel() for i in where) > 20_000:
+            continue
+        for i, dtype in itertools.product(where, (torch.float16, torch.float64, torch.int32)):
+            args = pytree.tree_unflatten([*flat[:i], flat[i].to(dtype), *flat[i + 1 :]], spec)
+            for rung in _ladder.LADDER["cpu"][:-1]:
+                if _ladder.missing(rung, op.name, "cpu") is None:
+                    outs = op.allocate(*args)  # the kernel itself: a plain call meets it before any check
+                    if _ladder.kernel(rung, op.name)(outs, *args) is None:
+                        torch.testing.assert_close(outs, op.reference(*args), rtol=0.02, atol=0.02, equal_nan=True)
 
 
 def test_equal_columns_have_no_negative_variance() -> None:

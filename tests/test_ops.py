@@ -6,6 +6,8 @@ body is in its own dtype, plus 2 ulp of the largest result.
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from conftest import NOT_RUN
@@ -34,6 +36,33 @@ class Transposed(Draw):
 
 class Misaligned(Draw):
     lay = staticmethod(layouts.misaligned)
+
+
+class Far(Draw):
+    """Samples so far apart that the last begins beyond 2^31 elements, in memory of which next to nothing is touched.
+
+    As much lies before the first: an offset that wraps reads something wrong there, and the process lives to say so.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        size, self.used = 2**34 + 2**24, 2**33
+        try:
+            if self.device == "cpu":
+                memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | 0x4000)  # MAP_NORESERVE
+                self.memory = torch.frombuffer(memory, dtype=torch.uint8)
+            else:
+                self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        except (OSError, RuntimeError) as e:
+            pytest.skip(f"no room for 16 GiB of addresses: {e}")
+
+    def lay(self, t: Tensor) -> Tensor:
+        if t.ndim < 2 or t.shape[0] < 2 or t.numel() == 0:
+            return t
+        step = 2**31 // (t.shape[0] - 1) + 1
+        room = self.memory[self.used : self.used + 2**33 + 2**20].view(t.dtype)
+        self.used += (t.numel() * t.element_size() // 4096 + 2) * 4096
+        return room.as_strided(t.shape, (step, *t[0].contiguous().stride()), room.storage_offset()).copy_(t)
 
 
 class Zeros(Draw):
@@ -130,10 +159,11 @@ def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
         pytest.skip("a big case runs as drawn")
     exact = oracle.exact(op, args)
     reference = leaves(op.reference(*args))
-    guarded = Guarded(op, monkeypatch)
+    guarded, given = Guarded(op, monkeypatch), [t.clone() for t in leaves(args) if isinstance(t, Tensor)]
     with dk.rung(rung), torch.no_grad():
         got = leaves(op.call(*args))
     assert guarded.intact(), "wrote outside of its outputs"
+    assert all(map(torch.equal, given, (t for t in leaves(args) if isinstance(t, Tensor)))), "wrote to an input"
     assert len(got) == len(exact)
     own = oracle.own_error(exact, reference) if op.c > 1 and layout == "drawn" else 0.0  # a gradient's
     truncates = rung == "triton" and interpreting() and DTYPES[dtype] is torch.bfloat16  # the interpreter; a GPU rounds
@@ -188,6 +218,37 @@ def test_two_runs_are_bit_equal(op, case, device, rung) -> None:
         first, second = leaves(op.call(*args)), leaves(op.call(*args))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.view(torch.uint8) if a.numel() else a, b.view(torch.uint8) if b.numel() else b)
+
+
+@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
+def test_offsets_are_of_64_bits(op, case, device, rung) -> None:
+    if size(op.bind((), case.args(Draw(torch.float32)))) > 20_000:
+        pytest.skip("a small case has offsets as large")
+    args = op.bind((), case.args(Far(torch.float32, device)))
+    if not any(isinstance(t, Tensor) and t.ndim > 1 and t.shape[0] > 1 and t.stride(0) > 2**24 for t in leaves(args)):
+        pytest.skip("one sample")
+    exact, reference = oracle.exact(op, args), leaves(op.reference(*args))
+    with dk.rung(rung), torch.no_grad():
+        for g, e, r in zip(leaves(op.call(*args)), exact, reference, strict=True):
+            oracle.compare(g, e, r, c=op.c, rms=False, own=oracle.own_error(exact, reference) if op.c > 1 else 0.0)
+
+
+@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
+def test_any_number_of_threads_gives_the_same_bits(op, case, device, rung) -> None:
+    if device != "cpu" or rung in ("triton", "reference"):
+        pytest.skip("threads are the CPU rungs'")
+    args = op.bind((), case.args(Draw(torch.float32)))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            with dk.rung(rung), torch.no_grad():
+                found.append(leaves(op.call(*args)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a.view(torch.uint8) if a.numel() else a, b.view(torch.uint8) if b.numel() else b)
 
 
 def test_every_usable_rung_ran(request) -> None:

@@ -49,6 +49,9 @@ extern "C" void dk_parallel_init() {
 
 extern "C" void dk_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
     Work w{body, context, n};
+#ifdef DK_THREADS_STD
+    grain = 1;  // a race shows in small tensors too
+#endif
     const bool pool = gomp_parallel && max_threads && thread_num && team_size && in_parallel && !forked;
     int64_t threads = pool && n > grain && !in_parallel() ? max_threads() : 1;
     if (threads > (n + grain - 1) / grain) threads = (n + grain - 1) / grain;
