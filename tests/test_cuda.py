@@ -54,7 +54,9 @@ def test_the_current_stream_is_used(op, case, rung) -> None:
     """Inputs that are there late, on a side stream; a kernel on another one would read the NaNs before them."""
     args = drawn(op, case)
     expected = run(op, rung, args)
-    late = pytree.tree_map(lambda a: torch.full_like(a, torch.nan) if is_float(a) else a, args)
+    late = drawn(op, case)
+    for t in filter(is_float, leaves(late)):
+        t.fill_(torch.nan)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
@@ -83,9 +85,9 @@ def test_tensors_of_a_second_device(op, case, rung) -> None:
 def test_a_crowded_gpu_gives_the_same_bits(op, case, rung) -> None:
     """Warps that come late show a barrier that is missing: other work takes turns with the blocks."""
     args = drawn(op, case)
-    definition, first = leaves(op.reference(*args)), run(op, rung, args)
-    for g, e in zip(first, definition, strict=True):  # a race may give the same wrong bits each time
-        torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-3, equal_nan=True)
+    first = run(op, rung, args)
+    for g, e in zip(first, leaves(op.reference(*args)), strict=True):  # a race may give the same wrong bits each time
+        assert not e.numel() or (g.float() - e.float()).abs().max() <= 1e-2 * e.float().abs().max()
     side, crowd = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
@@ -101,7 +103,9 @@ def test_a_graph_replays_new_values(op, case, rung) -> None:
     """Nothing is read on the host and frozen, and nothing is launched outside of the capture."""
     args = drawn(op, case)
     expected = run(op, rung, args)
-    held = pytree.tree_map(lambda a: torch.zeros_like(a) if is_float(a) else a, args)
+    held = drawn(op, case)
+    for t in filter(is_float, leaves(held)):
+        t.zero_()
     run(op, rung, held)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
