@@ -99,11 +99,13 @@ class Op:
                 tensors = list(value)
             elif kind in _PYTHON and not isinstance(value, _PYTHON[kind]):
                 raise TypeError(f"{name}: expected {kind}, got {type(value).__name__}")
+            elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name}: expected a number of 64 bits, got {value:#x}")
             for t in tensors:
                 if not isinstance(t, Tensor):
                     raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-                if t.layout is not torch.strided:
-                    raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
+                if t.layout is not torch.strided or t.is_nested:
+                    raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
                 first = t if first is None else first
                 if t.device != first.device:
                     raise ValueError(f"{name}: expected a tensor on {first.device} like the others, got {t.device}")
@@ -119,13 +121,13 @@ class Op:
             values = args + tuple([given.pop(name) for name in rest])
         except KeyError:
             given["missing"] = None
-        if given:
+        if given or len(args) > len(self.names):
             self.signature.bind(*args, **kwargs)  # raises, in Python's own words
         return values
 
     def device(self, args: tuple[Any, ...]) -> str:
         """The device type that chooses the ladder: the first tensor's."""
-        return next(t.device.type for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+        return next((t.device.type for t in pytree.tree_leaves(args) if isinstance(t, Tensor)), "cpu")
 
     def _run(self, *args: Any) -> Any:
         return _ladder.climb(self, self.device(args), args)
