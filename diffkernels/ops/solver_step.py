@@ -55,9 +55,10 @@ def _check(  # type: ignore[no-untyped-def]
 def _allocate(  # type: ignore[no-untyped-def]
     outputs, x, history, coef, step, seed, gain, bound, mask, known, results, guided_channels, copies, copy_dtype, watch
 ):
-    made = [empty_like(x) for _ in range(results)]
+    made = [empty_like(x) for _ in range(min(results, MAX_RESULTS))]  # runs before the check does
+    dtype = COPY_DTYPES[copy_dtype]  # looked up, so refused, without copies too
     if copies:
-        made.append(x.new_empty((copies * x.shape[0], *x.shape[1:]), dtype=COPY_DTYPES[copy_dtype]))
+        made.append(x.new_empty((copies * x.shape[0], *x.shape[1:]), dtype=dtype))
     if watch:
         made.append(x.new_empty((x.shape[0], -(-x.shape[1:].numel() // RUN))))
     return made
