@@ -53,7 +53,7 @@ class Gradient:
         leaves, spec = pytree.tree_flatten(inputs)
         twice = torch.is_grad_enabled()  # create_graph: stay connected to the inputs
         wanted = []
-        with torch.enable_grad():
+        with torch.enable_grad(), torch._C._DisableAutocast():
             for i, saved in enumerate(leaves):
                 if isinstance(saved, Tensor) and saved.requires_grad:
                     leaves[i] = saved.view_as(saved) if twice else saved.detach().requires_grad_()

@@ -84,16 +84,15 @@ class Op:
 
     def reference(self, *args: Any) -> Any:
         """The definition, its outputs laid out as the allocator lays them out."""
-        return pytree.tree_map(lambda t: t.contiguous(), self.body(*args))
+        with torch._C._DisableAutocast():  # never casts inside an op
+            return pytree.tree_map(lambda t: t.contiguous(), self.body(*args))
 
     def check(self, *args: Any) -> None:
         """Raises a TypeError, ValueError or IndexError that names the argument, what was expected and what came."""
         first: Tensor | None = None
         for (name, kind), value in zip(self.params, args, strict=True):
-            tensors: list[Any] = []
-            if kind == "Tensor" or (kind == "Tensor?" and value is not None):
-                tensors = [value]
-            elif kind == "Tensor[]":
+            tensors = [value] if kind == "Tensor" or (kind == "Tensor?" and value is not None) else []
+            if kind == "Tensor[]":
                 if not isinstance(value, list | tuple):
                     raise TypeError(f"{name}: expected a list of tensors, got {type(value).__name__}")
                 tensors = list(value)
@@ -156,7 +155,7 @@ class Op:
                     return _ladder.climb(self, _DEVICES[out], args)
                 self.check(*args)
                 if self._transformed():
-                    return self.body(*args)
+                    return self.reference(*args)
             return overload(*args)
 
         call.op = self  # type: ignore[attr-defined]
