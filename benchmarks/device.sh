@@ -24,11 +24,11 @@ touch "$out/stages"
 device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') || exit 2
 if [[ $device == cuda ]]; then
     export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')}
-    rungs=cuda,triton slice="cuda" cases=6
+    rungs=cuda,triton slice="cuda" cases=6 only=""
 else
     echo "no GPU: a rehearsal on the CPU's rungs"
     export FORCE_CUDA=0
-    rungs=avx2,cpu slice="geglu and cpu-avx2" cases=2
+    rungs=avx2,cpu slice="geglu and cpu-avx2" cases=2 only="negative bit"
 fi
 diffkernels=("$python" -c 'import sys; from diffkernels.cli import main; sys.exit(main())')
 
@@ -65,7 +65,7 @@ suite() {
     "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py tests/test_ops.py tests/test_verify.py tests/test_reliability.py \
         tests/test_noise.py tests/test_gradients.py tests/test_sampling.py -k "$slice"
 }
-mutations() { "$python" tests/mutation.py --device "$device" ${REHEARSE_ONLY:+--only "$REHEARSE_ONLY"}; }
+mutations() { "$python" tests/mutation.py --device "$device" ${only:+--only "$only"}; }
 sanitizer() {
     local tool rung
     if ! command -v compute-sanitizer; then
@@ -90,7 +90,7 @@ measure() { # the rung that runs first has most of the time
 }
 
 run() { # a function, in a shell of its own, so that `timeout` can end it
-    declare -p python diffkernels device rungs slice cases out
+    declare -p python diffkernels device rungs slice cases only out
     declare -f build suite mutations sanitizer measure
     echo "$*"
 }

@@ -132,7 +132,7 @@ def _op_subject(task: Task) -> Subject:
     with _ladder.rung(task.rung) if task.rung else nullcontext():
         rung = _ladder.running(op.name, task.device)
         subject = Subject({"rung": rung, "bytes": moved}, {"ours": timed(ours), "again": timed(ours)})
-        _judge(op, task, args, subject, grads)
+        exact = _judge(op, task, args, subject, grads)
         if not task.backward:
             subject.row["flops"] = case.flops(*(task.shape or case.shape)) if case.flops else None
             kernel = _ladder.kernel(rung, op.name) if rung != "reference" else None
@@ -140,7 +140,6 @@ def _op_subject(task: Task) -> Subject:
                 subject.contenders["kernel"] = _kernel(kernel, args, op.allocate(*args))
         if task.device == "cuda":
             subject.contenders["called"] = timed(ours)
-        exact = oracle.exact(op, args) if not task.backward else None
         for name in task.vs:
             try:
                 peer = timed(peers.PEERS[name](op, case, kwargs))
@@ -151,8 +150,8 @@ def _op_subject(task: Task) -> Subject:
                 subject.skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             else:
                 subject.contenders[name] = peer
-                steady = exact is not None and len(sets) == 1 and _same(answer, pytree.tree_leaves(peer()))
-                subject.errors[name] = _worst(answer, exact) if steady and exact is not None else None
+                steady = len(sets) == 1 and _same(answer, pytree.tree_leaves(peer()))
+                subject.errors[name] = _worst(answer, exact) if steady else None
                 subject.peak_bytes[name] = peak_bytes(peer, task.device)
     subject.peak_bytes["ours"] = peak_bytes(subject.contenders["ours"], task.device)
     half = torch.zeros(moved // 2, dtype=torch.uint8, device=task.device)
@@ -163,8 +162,8 @@ def _op_subject(task: Task) -> Subject:
     return subject
 
 
-def _judge(op: Op, task: Task, args: tuple[Any, ...], subject: Subject, grads: list[Tensor]) -> None:
-    """Our error beside float64; raises where it is more than the definition's own allows: no speed without it."""
+def _judge(op: Op, task: Task, args: tuple[Any, ...], subject: Subject, grads: list[Tensor]) -> list[Tensor]:
+    """What float64 says, our error beside it noted; raises where that is more than the definition's own allows."""
     got = pytree.tree_leaves(subject.contenders["ours"]())
     if task.backward:
         inputs = [a for a in args if isinstance(a, Tensor)]
@@ -178,6 +177,7 @@ def _judge(op: Op, task: Task, args: tuple[Any, ...], subject: Subject, grads: l
     for g, e, o in zip(got, exact, own, strict=True):
         oracle.compare(g, e, o, c=3.0 if task.backward else op.c, own=usual if task.backward else 0.0, rms=False)
     subject.row["error"] = _worst(got, exact)
+    return exact
 
 
 def _with_gradients(call: Call, inputs: list[Tensor], grads: list[Tensor]) -> Call:

@@ -133,7 +133,10 @@ def _measure(args: argparse.Namespace) -> int:
     console, stopped, begin = Console(stderr=True, highlight=False), False, time.monotonic()
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with runner.Workers(args.processes) as workers, Progress(*columns, console=console, transient=True) as progress:
+    with (
+        runner.Workers(args.processes) as workers,
+        Progress(*columns, console=console, transient=True, refresh_per_second=1) as progress,
+    ):
         bar = progress.add_task("rooflines", total=len(tasks))
         try:
             here["rooflines"] = workers.rooflines(args.device)
