@@ -26,6 +26,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--big", action="store_true", help="also run what needs 10 GB of memory and minutes")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    for item in items:
+        if item.get_closest_marker("big") and not config.getoption("--big"):
+            item.add_marker(pytest.mark.skip(reason="big: 10 GB and minutes, pytest --big"))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if NOT_RUN:
         terminalreporter.section("rungs not run here")

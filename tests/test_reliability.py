@@ -5,6 +5,7 @@ Rungs here are the CPU's: Triton's interpreter is too slow to repeat.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import io
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -595,3 +596,109 @@ def test_subnormal_numbers_are_not_flushed(op, dtype) -> None:
                 if e.numel() and e.isfinite().all():
                     allowed = op.c * (r - e).abs().max() + 2 * oracle.ULP[r.dtype] * e.abs().max() + least
                     assert ((got - e).abs() <= allowed).all(), (case.name, rung)
+
+
+# More than 2^31 elements
+
+
+class Tall(Draw):
+    """Dimensions of size `was` are `now`, and zero there but for some slices, so that most of the memory is never touched."""
+
+    was = now = 7
+
+    def tall(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        dims = [d for d, n in enumerate(shape) if n == self.was]
+        if not dims:
+            return self.values(shape).to(dtype)
+        (dim,) = dims  # ValueError: some other case will do
+        shape = tuple(self.now if d == dim else n for d, n in enumerate(shape))
+        t = reserved(torch.Size(shape).numel(), dtype).view(shape)
+        filled = picked(self.now)
+        t.index_copy_(dim, filled, self.values((*shape[:dim], len(filled), *shape[dim + 1 :])).to(dtype))
+        return t
+
+    def __call__(self, *shape: int) -> Tensor:
+        return self.tall(shape, self.dtype)
+
+    def f32(self, *shape: int) -> Tensor:
+        return self.tall(shape, torch.float32)
+
+    def seeds(self, n: int) -> Tensor:
+        return super().seeds(self.now if n == self.was else n)
+
+
+def picked(n: int) -> Tensor:
+    """The first of n slices, those around the middle, where bytes are 2^31, and the last, where elements are."""
+    return torch.tensor(sorted({0, 1, n // 2, n - 2, n - 1}))
+
+
+def slices(args: Any, now: int) -> Any:
+    """Of every tensor the slices that Tall filled."""
+
+    def some(t: Any) -> Any:
+        dims = [d for d, n in enumerate(t.shape) if n == now] if isinstance(t, Tensor) else []
+        return t.index_select(dims[0], picked(now)) if dims else t
+
+    return pytree.tree_map(some, args)
+
+
+def tall(op: Op) -> tuple[Case, int, int, int]:
+    """A case, a size in it along which slices don't depend on one another, a larger one in its place for more than 2^31
+    elements, and the bytes of the outputs: of all the case that needs least memory."""
+    found, now = [], 11
+    for case in cases(op):
+        small = args_of(op, case, Draw(torch.float16))
+        some = all(t.numel() for t in tensors(small))
+        for was in sorted({n for t in tensors(small) for n in t.shape if n > 1 and n != now}) if some else ():
+            with contextlib.suppress(TypeError, ValueError, IndexError, RuntimeError, StopIteration):
+                args = args_of(op, case, with_(Tall(torch.float16), was=was, now=now))
+                op.check(*args)
+                outs, alone = leaves(op.body(*args)), leaves(op.body(*slices(args, now)))
+                close = functools.partial(torch.allclose, rtol=1e-2, atol=1e-2, equal_nan=True)
+                if all(close(a, b) for a, b in zip(slices(outs, now), alone, strict=True)):
+                    unit = tensors(args)[0].numel() / now
+                    needs = (
+                        sum(t.nbytes for t in [*tensors(args)[1:], *outs, *outs * 9]) / now / unit
+                    )  # inputs are mostly absent
+                    larger = int((2**31 + 512) / unit) + 1
+                    found.append((needs, len(found), (case, was, larger, sum(t.nbytes for t in outs) * larger // now)))
+    return min(found)[2]
+
+
+def proc(path: str, name: str) -> int:
+    with open(f"/proc/{path}") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(name))
+
+
+@contextlib.contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """An allocation beyond so many bytes fails here, before the system runs out of memory."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (proc("self/status", "VmData") + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@pytest.mark.big
+@pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="no /proc")
+@pytest.mark.parametrize("rung", [rung for rung in RUNGS if rung != "reference"])
+@every_op
+def test_more_than_2_to_the_31_elements(op, rung) -> None:
+    if (rung, op.name) not in NATIVE:
+        pytest.skip("no kernel")
+    case, was, now, size = tall(op)
+    size, free = size + 2**31, proc("meminfo", "MemAvailable")
+    if free < size:
+        pytest.skip(f"needs {size / 2**30:.0f} GB, {free >> 30} are available")
+    args = args_of(op, case, with_(Tall(torch.float16), was=was, now=now))
+    assert max(t.numel() for t in tensors(args)) > 2**31
+    few = slices(args, now)
+    exact, reference = oracle.exact(op, few), leaves(op.reference(*few))
+    with at_most(size):
+        found = slices(on(rung, op, args), now)
+    for got, e, r in zip(found, exact, reference, strict=True):
+        oracle.compare(got, e, r, c=max(op.c, 3.0), rms=False)
