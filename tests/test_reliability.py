@@ -94,7 +94,7 @@ def test_a_hundred_runs_are_bit_equal(op) -> None:
     """With two threads and with one; the last results are kept, so that the next lie elsewhere."""
     threads = torch.get_num_threads()
     try:
-        for case in cases(op, 3000):
+        for case in cases(op, 2000):
             args = args_of(op, case, Draw(torch.bfloat16))
             for rung in rungs(op):
                 first, kept = on(rung, op, args), []
@@ -350,7 +350,7 @@ def test_nothing_leaks(op, way, one_thread) -> None:
         "forced": lambda: on(rungs(op)[0], op, args),
         "gradient": lambda: gradients(op, args),
     }[way]
-    times = {"plain": 10_000, "refused": 10_000, "forced": 2000, "gradient": 300}[way]
+    times = {"plain": 10_000, "refused": 10_000, "forced": 500, "gradient": 100}[way]
     held = [sys.getrefcount(a) for a in leaves(args) if isinstance(a, Tensor)]
     grown, blocks = grows(call, times)
     assert grown < 2**20 and blocks < max(250, times // 50), (grown, blocks)
