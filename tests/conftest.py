@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--fuzz", action="store_true", help="2,000 random calls of each op on each rung instead of 64")
+    parser.addoption("--big", action="store_true", help="also run what needs 10 GB of memory and minutes")
 
 
 NOT_RUN: dict[str, str] = {}  # "device/rung": why; test_ops.py fills it, the summary prints it
@@ -24,10 +25,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def pytest_addoption(parser) -> None:
-    parser.addoption("--big", action="store_true", help="also run what needs 10 GB of memory and minutes")
 
 
 def pytest_collection_modifyitems(config, items) -> None:
