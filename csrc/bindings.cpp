@@ -153,7 +153,7 @@ Value Frame::convert(Kind kind, PyObject* a) {
         case Kind::text: {
             Py_ssize_t n = 0;
             const char* s = PyUnicode_Check(a) ? PyUnicode_AsUTF8AndSize(a, &n) : nullptr;
-            if (!s) throw (PyErr_Clear(), py::cast_error());  // no text, or a lone surrogate, which has no UTF-8
+            if (!s) throw(PyErr_Clear(), py::cast_error());  // no text, or a lone surrogate, which has no UTF-8
             v.text = Text{s, static_cast<size_t>(n)};
             break;
         }
