@@ -103,7 +103,12 @@ def openvino(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report to its makers
     ov = _library("openvino")
     found = ov.convert_model(_Formula(formula, names).eval(), example_input=tensors)
-    hint = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    hint = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,  # it would pin the process's own threads too, and so everybody's
+    }
     model = ov.compile_model(found, "CPU", hint)
 
     def bind(given: dict[str, Any]) -> Call:
@@ -119,13 +124,17 @@ def openvino(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
 
 
 def onnxruntime(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
-    """ONNX Runtime on its CPU provider, all optimisations, inputs bound once."""
+    """ONNX Runtime on its CPU provider, all optimisations, inputs bound once.
+
+    Its threads do not spin after their work: they would take the cores from whoever is next.
+    """
     formula, names = _formula(case)
     tensors, ort, _ = _tensors(names, kwargs, "ONNX Runtime"), _library("onnxruntime"), _library("onnx")
     file = io.BytesIO()
     torch.onnx.export(_Formula(formula, names).eval(), tensors, file, input_names=list(names), dynamo=False, opset_version=18)  # type: ignore[arg-type]
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
 
     def bind(given: dict[str, Any]) -> Call:

@@ -233,23 +233,27 @@ def _legend(axes: Any) -> None:
 
 
 def _speedups(axes: Any, file: dict[str, Any]) -> None:
-    rows = [row for row in file["rows"] if any("ratio" in p for p in row.get("peers", {}).values())]
-    names = list(dict.fromkeys(name for row in rows for name, p in row["peers"].items() if "ratio" in p))
-    width = 0.8 / max(len(names), 1)
-    for k, name in enumerate(names):
-        at = [(i, row["peers"][name]) for i, row in enumerate(rows) if "ratio" in row["peers"].get(name, {})]
-        values = [p["ratio"] for _, p in at]
-        spread = [[p["ratio"] - p["ratio_95"][0] for _, p in at], [p["ratio_95"][1] - p["ratio"] for _, p in at]]
-        axes.barh(
-            [i + k * width for i, _ in at],
-            values,
-            width,
-            xerr=[[max(0, s) for s in side] for side in spread],
-            label=name,
-            error_kw={"lw": 0.8},
-        )
+    from .peers import PEERS
+
+    names = (*PEERS, "diffusers")  # a row's other contenders say what a part costs, not what one would use instead
+    found = [(row, [name for name in names if "ratio" in row.get("peers", {}).get(name, {})]) for row in file["rows"]]
+    rows = [(row, mine) for row, mine in found if mine]
+    bars: dict[str, list[tuple[float, float, dict[str, Any]]]] = {}
+    for i, (row, mine) in enumerate(rows):
+        for k, name in enumerate(mine):
+            thick = 0.8 / len(mine)
+            bars.setdefault(name, []).append((i + (k + 0.5) * thick - 0.4, thick, row["peers"][name]))
+    for name in sorted(bars, key=names.index):
+        at, thick, peers = zip(*bars[name], strict=True)
+        values = [p["ratio"] for p in peers]
+        spread = [
+            [max(0, p["ratio"] - p["ratio_95"][0]) for p in peers],
+            [max(0, p["ratio_95"][1] - p["ratio"]) for p in peers],
+        ]
+        axes.barh(at, values, thick, xerr=spread, label=name, error_kw={"lw": 0.8})
     axes.axvline(1, color="gray", lw=1)
-    axes.set_yticks([i + 0.4 - width / 2 for i in range(len(rows))], [_label(row) for row in rows], fontsize=7)
+    axes.set_yticks(range(len(rows)), [_label(row) for row, _ in rows], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     low, high = axes.get_xlim()
@@ -330,7 +334,7 @@ def _figure(name: str, file: dict[str, Any], format: str) -> bytes:
         raise ValueError(
             f"plots are drawn by matplotlib, which can't be imported here ({error}): pip install 'diffkernels[bench]'"
         ) from None
-    tall = 1 + 0.32 * len(file["rows"]) if name == "speedup" else 4.5
+    tall = 1 + 0.3 * len(file["rows"]) if name == "speedup" else 4.5
     with matplotlib.rc_context({"svg.hashsalt": "diffkernels", "font.size": 8}):
         figure = Figure(figsize=(9 if name == "speedup" else 7, max(3.0, tall)), layout="constrained")
         PLOTS[name](figure.add_subplot(), file)
