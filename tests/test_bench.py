@@ -166,6 +166,11 @@ def test_libraries_agree_with_the_definition(peer) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_peers_are_named_alone_by_family_or_all() -> None:
+    assert peers.chosen(None) == peers.ALWAYS and peers.chosen("all") == tuple(peers.PEERS)
+    assert peers.chosen("sdpa,eager") == ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "eager")
+
+
 def test_sdpa_backends_compute_attention() -> None:
     """There is no attention op yet: its adapters are called as one would call them."""
     kwargs = {name: torch.randn(1, 9, 2, 8) for name in "qkv"}

@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import diffkernels as dk
-from diffkernels import cli
+from diffkernels import _ladder, cli
 from diffkernels._ladder import LADDER
 from diffkernels._op import OPS
+from diffkernels.cli import doctor
 
 
 def diffkernels(*args: str, code: int = 0) -> str:
@@ -43,13 +45,20 @@ def test_info_names_every_op_rung_and_reason(capsys) -> None:
         assert all(op in text for op in OPS) and ("no CUDA device" in text or torch.cuda.is_available())
 
 
-def test_doctor_is_well(capsys) -> None:
+@pytest.fixture
+def not_interpreting(monkeypatch) -> None:
+    """Without Triton's interpreter the doctor takes seconds; its kernels are tested elsewhere."""
+    monkeypatch.setattr(_ladder, "interpreting", lambda: False)
+
+
+def test_doctor_is_well(not_interpreting, capsys) -> None:
     assert cli.main(["doctor"]) == 0
     assert "all well" in capsys.readouterr().out
 
 
-def test_doctor_finds_a_wrong_kernel(monkeypatch, capsys) -> None:
+def test_doctor_finds_a_wrong_kernel(not_interpreting, monkeypatch, capsys) -> None:
     op = OPS["norm_modulate"]
+    monkeypatch.setattr(doctor, "OPS", {op.name: op})
     right = op.body
     monkeypatch.setattr(op, "body", lambda *args: right(*args) * (1 + 1e-3))
     assert cli.main(["doctor"]) == 1

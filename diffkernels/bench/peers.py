@@ -232,9 +232,13 @@ ALWAYS = ("eager", "compile")
 
 
 def chosen(names: str | None) -> tuple[str, ...]:
-    """The peers that `--vs` names. Raises ValueError, with what there is, for an unknown one."""
-    wanted = tuple(PEERS) if names == "all" else tuple(names.split(",")) if names else ALWAYS
-    for name in wanted:
-        if name not in PEERS:
+    """The peers that `--vs` names, `sdpa` all of its backends. Raises ValueError, with what there is, for an unknown one."""
+    if names is None:
+        return ALWAYS
+    wanted: list[str] = []
+    for name in names.split(","):
+        found = [peer for peer in PEERS if name in ("all", peer) or peer.startswith(f"{name}-")]
+        if not found:
             raise ValueError(f"--vs: expected all, or one of {', '.join(PEERS)}; got {name!r}")
-    return wanted
+        wanted += found
+    return tuple(dict.fromkeys(wanted))
