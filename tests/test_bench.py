@@ -301,6 +301,8 @@ def test_a_budget_begins_with_what_is_missing(tmp_path, monkeypatch) -> None:
         (["--seconds", "nan"], "expected more than 0"),
         (["--processes", "0"], "expected more than 0"),
         (["--out", "no-such-folder"], "no-such-folder is no folder"),
+        (["--html", "no-such-folder/page.html"], "--html: no-such-folder is no folder"),
+        (["--plot", "no-such-folder"], "--plot: no-such-folder is no folder"),
         (["--compare", "no.json", "no.json"], "no.json: not a result file"),
         (["--report", "--out", str(ROOT / "tests")], "--report: no result file in"),
         pytest.param(["--device", "cuda"], "cuda can't be used here", marks=pytest.mark.skipif("torch.cuda.is_available()")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
             return _list()
         if args.compare:
             return _compare(args.compare[0], args.compare[1], args.fail_if_slower)
+        _targets(args)
         return _report(args) if args.report else _measure(args)
     except (ValueError, RungError) as error:
         print(f"diffkernels bench: {error}", file=sys.stderr)
@@ -112,6 +114,21 @@ def _tasks(args: argparse.Namespace) -> list[Any]:
     if not tasks:
         raise ValueError("nothing to measure: no case has a shape of as many dimensions" if shapes else "nothing to measure")
     return tasks
+
+
+def _targets(args: argparse.Namespace) -> None:
+    """Raises ValueError where a report could not be written: before anything is measured, not after."""
+    for name, folder in (
+        ("md", args.md and Path(args.md).parent),
+        ("html", args.html and Path(args.html).parent),
+        ("plot", args.plot),
+    ):
+        if folder and not Path(folder).is_dir():
+            raise ValueError(f"--{name}: {folder} is no folder")
+    if (args.html or args.plot) and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "--html, --plot: plots are drawn by matplotlib, which is not installed: pip install 'diffkernels[bench]'"
+        )
 
 
 def _measure(args: argparse.Namespace) -> int:
