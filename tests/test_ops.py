@@ -214,6 +214,8 @@ def test_nan_and_infinity_stay_in_their_sample(op, case, device, rung) -> None:
 
 @pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_two_runs_are_bit_equal(op, case, device, rung) -> None:
+    if rung == "triton" and interpreting():
+        pytest.skip("interpreted, a millisecond a program: test_verify.py runs each of its calls twice")
     args = op.bind((), case.args(Draw(torch.bfloat16, device)))
     with dk.rung(rung), torch.no_grad():
         first, second = leaves(op.call(*args)), leaves(op.call(*args))
