@@ -41,7 +41,7 @@ DType dtype_of(uint8_t code, uint8_t bits) {
     if (code == dlpack::kBfloat && bits == 16) return DType::bf16;
     if (code == dlpack::kInt && bits == 32) return DType::i32;
     if (code == dlpack::kInt && bits == 64) return DType::i64;
-    return DType::other;
+    return code == dlpack::kBool ? DType::b8 : DType::other;
 }
 
 // What one call borrows, and nothing here outlives it: the tensors in the order of the arguments, then the values.

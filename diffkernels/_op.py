@@ -29,6 +29,7 @@ _KINDS = {
 }
 _PYTHON = {"int": (int, torch.SymInt), "float": (float, int, torch.SymFloat), "str": (str,), "bool": (bool,)}
 _DEVICES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
+_CODES = {torch.bfloat16: (4, 16), torch.int32: (0, 32), torch.int64: (0, 64), torch.bool: (6, 8)}
 _NOTHING = dict.fromkeys(_DEVICES)
 _library = torch.library.Library("diffkernels", "DEF")
 
@@ -199,10 +200,9 @@ def op(
 
 def _describe(t: Tensor) -> tuple[Any, ...]:
     """What the border wants to know of a tensor where torch has no exchange API: DLPack's numbers for device and type."""
-    code, bits = {torch.bfloat16: (4, 16), torch.int32: (0, 32), torch.int64: (0, 64)}.get(t.dtype, (2, 8 * t.element_size()))
-    known = t.dtype.is_floating_point or t.dtype in (torch.int32, torch.int64)
+    code, bits = _CODES.get(t.dtype, (2 if t.dtype.is_floating_point else 1, 8 * t.element_size()))
     device = next((n for n, name in _DEVICES.items() if name == t.device.type), -1)
-    return t.data_ptr(), device, t.device.index or 0, code if known else 1, bits, tuple(t.shape), t.stride()
+    return t.data_ptr(), device, t.device.index or 0, code, bits, tuple(t.shape), t.stride()
 
 
 _C.init(

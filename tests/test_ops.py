@@ -170,7 +170,8 @@ def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
     truncates = rung == "triton" and interpreting() and DTYPES[dtype] is torch.bfloat16  # the interpreter; a GPU rounds
     for g, e, r in zip(got, exact, reference, strict=True):
         assert g.is_contiguous()
-        if layout == "large-mean" and e.numel() and (r.double() - e).abs().max() > 0.1 * e.abs().max():
+        lost = e.numel() and not (r.double() - e).abs().max() <= 0.1 * e.abs().nan_to_num(0, 0).max()
+        if layout == "large-mean" and lost:
             continue  # all cancelled: the definition itself has no digit left to compare with
         oracle.compare(g, e, r, c=op.c, own=own, rms=layout not in ("zeros", "large-mean") and not truncates)
     RAN.add((op.name, device, rung))
@@ -316,7 +317,8 @@ def test_gradcheck(op, case) -> None:
         full = list(flat)
         for i, t in zip(where, tensors, strict=True):
             full[i] = t
-        return tuple(leaves(op.call(*pytree.tree_unflatten(full, spec))))
+        outs = leaves(op.call(*pytree.tree_unflatten(full, spec)))
+        return tuple(torch.where(o.isinf(), 0, o) for o in outs)  # an infinity has no slope
 
     torch.autograd.gradcheck(call, [flat[i] for i in where], fast_mode=True)
     torch.autograd.gradgradcheck(call, [flat[i] for i in where], fast_mode=True, atol=1e-4)

@@ -47,13 +47,17 @@ extern "C" void dk_parallel_init() {
     pthread_atfork(nullptr, nullptr, [] { forked = true; });
 }
 
+extern "C" int64_t dk_parallel_threads() {
+    const bool pool = gomp_parallel && max_threads && thread_num && team_size && in_parallel && !forked;
+    return pool && !in_parallel() ? max_threads() : 1;
+}
+
 extern "C" void dk_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
     Work w{body, context, n};
 #ifdef DK_THREADS_STD
     grain = 1;  // a race shows in small tensors too
 #endif
-    const bool pool = gomp_parallel && max_threads && thread_num && team_size && in_parallel && !forked;
-    int64_t threads = pool && n > grain && !in_parallel() ? max_threads() : 1;
+    int64_t threads = n > grain ? dk_parallel_threads() : 1;
     if (threads > (n + grain - 1) / grain) threads = (n + grain - 1) / grain;
     if (threads <= 1) return n > 0 ? body(context, 0, n) : void();
 #ifdef DK_THREADS_STD

@@ -6,6 +6,8 @@
 
 extern "C" {
 void dk_parallel_init();
+// How many threads a parallel_for would use here and now, at most.
+int64_t dk_parallel_threads();
 // Calls body(context, begin, end) over disjoint ranges that cover [0, n), on at most one thread a `grain` of items.
 void dk_parallel_for(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 }

@@ -1,5 +1,7 @@
 """The ops. Each is a Python function whose body is its definition; kernels on faster rungs do the same, in one pass."""
 
+from .attention import attention, attention_forward
+from .attention_backward import attention_backward
 from .depthwise_conv2d import depthwise_conv2d
 from .gate_residual_norm import gate_residual_norm
 from .geglu import geglu
@@ -12,6 +14,9 @@ from .solver_step import solver_step
 from .td_params import td_params, td_params_backward
 
 __all__ = [
+    "attention",
+    "attention_backward",
+    "attention_forward",
     "depthwise_conv2d",
     "gate_residual_norm",
     "geglu",

@@ -1,0 +1,215 @@
+// What attention's forward and backward share on a CPU: packing, and the product that every pass over the scores is.
+//
+// Queries are taken kRows at a time, keys kKeys at a time: their scores stay in the first cache, and a chunk's keys and
+// values, widened and packed once, in the second.
+#pragma once
+
+#include "../attention.h"
+#include "../dispatch.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace dk {
+namespace {
+
+constexpr int kRows = 24;         // divisible by every tile's rows
+constexpr int kKeys = 256;        // of a chunk
+constexpr int kPanel = 64;        // keys side by side in packed k
+constexpr int kLine = kKeys + 16;  // floats from row to row of a block of scores, or queries: no power of two
+constexpr float kLog2e = 1.4426950408889634f;
+
+constexpr int kTileVectors = kLanes == 16 ? 4 : 3;
+constexpr int tile_rows(int vectors) {  // as many accumulators as the registers hold beside the operands
+    if (kLanes == 16) return vectors == 1 ? 12 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
+    return vectors == 1 ? 12 : vectors == 2 ? 6 : 4;
+}
+
+DK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// c[r][...] = (or +=) sum over k of a(r, k) b[k][...]: a(r, k) is a[r kLine + k], or turned a[k kLine + r].
+template <int kTall, int kWide, bool kTurned, bool kAdd>
+__attribute__((noinline)) void tile(const float* a, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t depth) {
+    F sum[kTall][kWide] = {};
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < depth; ++k) {
+        F right[kWide];
+#pragma GCC unroll 4
+        for (int v = 0; v < kWide; ++v) right[v] = load(b + v * kLanes);
+#pragma GCC unroll 12
+        for (int r = 0; r < kTall; ++r) {
+            const F left = splat(a[kTurned ? r : r * kLine]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kWide; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+        }
+        a += kTurned ? kLine : 1, b += b_step;
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kTall; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kWide; ++v) {
+            float* const to = c + r * c_step + v * kLanes;
+            store(to, kAdd ? load(to) + sum[r][v] : sum[r][v]);
+        }
+}
+
+template <int kWide, bool kTurned, bool kAdd>
+void tall(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t depth) {
+    constexpr int kTall = tile_rows(kWide);
+    constexpr int64_t by = kTurned ? 1 : kLine;
+    int64_t r = 0;
+    for (; r + kTall <= rows; r += kTall) tile<kTall, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+    for (; r + 4 <= rows; r += 4) tile<4, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+    for (; r + 2 <= rows; r += 2) tile<2, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+    for (; r < rows; ++r) tile<1, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+}
+
+// `wide` vectors of columns.
+template <bool kTurned, bool kAdd>
+void product(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t wide, int64_t depth) {
+    while (wide > 0) {
+        int64_t w = wide < kTileVectors ? wide : kTileVectors;
+        if (wide == kTileVectors + 1 || wide == kTileVectors + 2) w = (wide + 1) / 2;  // 5 as 3 and 2
+        if (w == 1) tall<1, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth);
+        if (w == 2) tall<2, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth);
+        if (w == 3) tall<3, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth);
+        if constexpr (kTileVectors > 3)
+            if (w == 4) tall<4, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth);
+        b += w * kLanes, c += w * kLanes, wide -= w;
+    }
+}
+
+// 2^x for x not above 0 by much; 0 below -126: a subnormal would cost a hundred cycles wherever it is used. 1.1 ulp.
+DK_INLINE F exp2(F x) {
+#if defined(__AVX512F__)
+    const F r = _mm512_reduce_ps(x, 9);  // x - floor(x)
+#elif defined(__AVX2__)
+    const F n = _mm256_floor_ps(x), r = x - n;
+#else
+    const F magic = splat(0x1.8p23f), bounded = choose(x < -127.0f, splat(-127.0f), x), near = (bounded + magic) - magic,
+            n = choose(near > bounded, near - 1, near), r = bounded - n;
+#endif
+    F p = splat(0x1.c723a4p-13f);
+    for (const float c : {0x1.461914p-10f, 0x1.3d283ap-7f, 0x1.c684c4p-5f, 0x1.ebfda2p-3f, 0x1.62e42ep-1f, 1.0f})
+        p = fma(p, r, splat(c));
+#if defined(__AVX512F__)
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, x);
+#else
+    const F whole = choose(x >= -126.0f, n, F{});
+    const F y = p * bit_cast<F>((__builtin_convertvector(whole, I) + 127) << 23);
+    return choose(x < -126.0f, F{}, y);
+#endif
+}
+
+DK_INLINE float largest(F v) {
+    float most = v[0];
+    for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// kLanes rows of a square, in registers: stored to[row of the result * step].
+DK_INLINE void turn(F (&v)[kLanes]) {
+#pragma GCC unroll 4
+    for (int stage = 1; stage < kLanes; stage *= 2) {
+        F out[kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; ++i) {
+            const Pair p = interleave({v[i], v[i + kLanes / 2]});
+            out[2 * i] = p.lo, out[2 * i + 1] = p.hi;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) v[i] = out[i];
+    }
+}
+
+template <class T>
+DK_INLINE F some(const T* p, int64_t step, int n) {  // n elements, the rest zero
+    return step == 1 ? n >= kLanes ? load(p) : load(p, n) : gather(p, step, n < kLanes ? n : kLanes);
+}
+
+// Rows of a tensor [B, S, H, D], widened: to[token][column], whole vectors, zero beyond.
+template <class T>
+void pack_rows(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to, int64_t to_step) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = 0; i < columns; i += kLanes)
+            store(to + t * to_step + i, some(from + t * token_step + i * step, step, static_cast<int>(columns - i)));
+}
+
+// The same turned: panels of kPanel tokens, to[panel][column][token]; zero for tokens beyond, to whole vectors.
+template <class T>
+void pack_turned(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to) {
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+        float* const panel = to + t / kPanel * kPanel * columns + t % kPanel;
+        const int here = static_cast<int>(tokens - t < kLanes ? tokens - t : kLanes);
+        for (int64_t i = 0; i < columns; i += kLanes) {
+            const int wide = static_cast<int>(columns - i < kLanes ? columns - i : kLanes);
+            F square[kLanes];
+#pragma GCC unroll 16
+            for (int r = 0; r < kLanes; ++r)
+                square[r] = r < here ? some(from + (t + r) * token_step + i * step, step, wide) : F{};
+            turn(square);
+#pragma GCC unroll 16
+            for (int r = 0; r < kLanes; ++r)
+                if (r < wide) store(panel + (i + r) * kPanel, square[r]);
+        }
+    }
+}
+
+// One head's rows of queries: of all heads that share a head of k, v, one after the other.
+struct Range {
+    int64_t sample, kv_head, begin, end;  // row = head in the group * queries + query
+};
+
+// Who does what: a slot is a thread, or stands for one. Rows are cut by the number of threads, results are not.
+struct Share {
+    int64_t slots, pieces, rows;  // pieces of `rows` rows in each sample and head of k, v
+
+    explicit Share(const Attention& a, int64_t rows_of_a_head) {
+        const int64_t threads = dk_parallel_threads(), pairs = a.samples * a.kv_heads;
+        const int64_t most = (rows_of_a_head + 4 * kRows - 1) / (4 * kRows), wanted = pairs ? (4 * threads + pairs - 1) / pairs : 1;
+        pieces = most < 1 ? 1 : wanted < most ? wanted : most;
+        rows = round_up((rows_of_a_head + pieces - 1) / pieces, kRows);
+        if (rows > 42 * kRows) rows = 42 * kRows;
+        if (rows < 1) rows = kRows;
+        pieces = (rows_of_a_head + rows - 1) / rows;
+        slots = pairs * pieces < threads ? pairs * pieces : threads;
+    }
+    Range at(const Attention& a, int64_t item) const {
+        const int64_t pairs = a.samples * a.kv_heads, pair = item % pairs, begin = item / pairs * rows;
+        return {pair / a.kv_heads, pair % a.kv_heads, begin, begin + rows};
+    }
+};
+
+// What is added to scores, and what hides them, bit by bit.
+struct Masks {
+    Lay bias, mask;
+
+    explicit operator bool() const { return bias.dtype != DType::other || mask.dtype != DType::other; }
+
+    // s[j] = s[j] factor + bias log2(e), or -inf, for `keys` keys from `first` on; `line` is as long as s.
+    void apply(int64_t sample, int64_t head, int64_t query, int64_t first, int64_t width, int64_t keys, float factor, float* s,
+               float* line) const {
+        const auto at = [&](const Lay& l) { return sample * l.at[0] + head * l.at[1] + query * l.at[2] + first * l.at[3]; };
+        if (bias.dtype == DType::other)
+            for (int64_t j = 0; j < width; j += kLanes) store(line + j, F{});
+        if (bias.dtype == DType::f32) widen_line(static_cast<const float*>(bias.data) + at(bias), bias.at[3], keys, line);
+        if (bias.dtype == DType::f16) widen_line(static_cast<const f16*>(bias.data) + at(bias), bias.at[3], keys, line);
+        if (bias.dtype == DType::bf16) widen_line(static_cast<const bf16*>(bias.data) + at(bias), bias.at[3], keys, line);
+        if (mask.dtype != DType::other) {
+            const uint8_t* const seen = static_cast<const uint8_t*>(mask.data) + at(mask);
+            for (int64_t j = 0; j < keys; ++j) line[j] = seen[j * mask.at[3]] ? line[j] : -__builtin_inff();
+        }
+        for (int64_t j = 0; j < width; j += kLanes) {
+            const F more = load(line + j), x = fma(load(s + j), splat(factor), more);
+            store(s + j, choose(more == -__builtin_inff(), more, x));
+        }
+    }
+
+    template <class T>
+    static void widen_line(const T* from, int64_t step, int64_t keys, float* to) {
+        for (int64_t j = 0; j < keys; j += kLanes)
+            store(to + j, kLog2e * some(from + j * step, step, static_cast<int>(keys - j < kLanes ? keys - j : kLanes)));
+    }
+};
+
+}  // namespace
+}  // namespace dk
