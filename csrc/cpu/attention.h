@@ -12,9 +12,9 @@
 namespace dk {
 namespace {
 
-constexpr int kRows = 24;         // divisible by every tile's rows
-constexpr int kKeys = 256;        // of a chunk
-constexpr int kPanel = 64;        // keys side by side in packed k
+constexpr int kRows = 24;          // divisible by every tile's rows
+constexpr int kKeys = 256;         // of a chunk
+constexpr int kPanel = 64;         // keys side by side in packed k
 constexpr int kLine = kKeys + 16;  // floats from row to row of a block of scores, or queries: no power of two
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -57,7 +57,8 @@ void tall(const float* a, int64_t rows, const float* b, int64_t b_step, float* c
     constexpr int kTall = tile_rows(kWide);
     constexpr int64_t by = kTurned ? 1 : kLine;
     int64_t r = 0;
-    for (; r + kTall <= rows; r += kTall) tile<kTall, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+    for (; r + kTall <= rows; r += kTall)
+        tile<kTall, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
     for (; r + 4 <= rows; r += 4) tile<4, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
     for (; r + 2 <= rows; r += 2) tile<2, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
     for (; r < rows; ++r) tile<1, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
@@ -65,7 +66,8 @@ void tall(const float* a, int64_t rows, const float* b, int64_t b_step, float* c
 
 // `wide` vectors of columns.
 template <bool kTurned, bool kAdd>
-void product(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t wide, int64_t depth) {
+void product(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t wide,
+             int64_t depth) {
     while (wide > 0) {
         int64_t w = wide < kTileVectors ? wide : kTileVectors;
         if (wide == kTileVectors + 1 || wide == kTileVectors + 2) w = (wide + 1) / 2;  // 5 as 3 and 2
@@ -100,13 +102,7 @@ DK_INLINE F exp2(F x) {
 #endif
 }
 
-DK_INLINE float largest(F v) {
-    float most = v[0];
-    for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-    return most;
-}
-
-// kLanes rows of a square, in registers: stored to[row of the result * step].
+// kLanes rows of a square, in registers: stored to[row of the result, step].
 DK_INLINE void turn(F (&v)[kLanes]) {
 #pragma GCC unroll 4
     for (int stage = 1; stage < kLanes; stage *= 2) {
@@ -126,26 +122,35 @@ DK_INLINE F some(const T* p, int64_t step, int n) {  // n elements, the rest zer
     return step == 1 ? n >= kLanes ? load(p) : load(p, n) : gather(p, step, n < kLanes ? n : kLanes);
 }
 
+// Tokens are often a page apart, where no prefetcher follows.
+template <class T>
+DK_INLINE void fetch(const T* token, int64_t token_step, int64_t tokens, int64_t ahead, int64_t elements) {
+    if (ahead < tokens) prefetch(token + ahead * token_step, elements * sizeof(T));
+}
+
 // Rows of a tensor [B, S, H, D], widened: to[token][column], whole vectors, zero beyond.
 template <class T>
 void pack_rows(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to, int64_t to_step) {
-    for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t t = 0; t < tokens; ++t) {
+        fetch(from + t * token_step, token_step, tokens - t, 16, columns * step);
         for (int64_t i = 0; i < columns; i += kLanes)
             store(to + t * to_step + i, some(from + t * token_step + i * step, step, static_cast<int>(columns - i)));
+    }
 }
 
-// The same turned: panels of kPanel tokens, to[panel][column][token]; zero for tokens beyond, to whole vectors.
+// The same turned: panels of kPanel tokens, to[panel][column][token]; whole vectors, the last token where there are no more.
 template <class T>
 void pack_turned(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to) {
     for (int64_t t = 0; t < tokens; t += kLanes) {
         float* const panel = to + t / kPanel * kPanel * columns + t % kPanel;
         const int here = static_cast<int>(tokens - t < kLanes ? tokens - t : kLanes);
+        for (int r = 0; r < here; ++r) fetch(from + (t + r) * token_step, token_step, tokens - t - r, kLanes, columns * step);
         for (int64_t i = 0; i < columns; i += kLanes) {
             const int wide = static_cast<int>(columns - i < kLanes ? columns - i : kLanes);
             F square[kLanes];
 #pragma GCC unroll 16
             for (int r = 0; r < kLanes; ++r)
-                square[r] = r < here ? some(from + (t + r) * token_step + i * step, step, wide) : F{};
+                square[r] = some(from + (t + (r < here ? r : here - 1)) * token_step + i * step, step, wide);
             turn(square);
 #pragma GCC unroll 16
             for (int r = 0; r < kLanes; ++r)
@@ -165,12 +170,11 @@ struct Share {
 
     explicit Share(const Attention& a, int64_t rows_of_a_head) {
         const int64_t threads = dk_parallel_threads(), pairs = a.samples * a.kv_heads;
-        const int64_t most = (rows_of_a_head + 4 * kRows - 1) / (4 * kRows), wanted = pairs ? (4 * threads + pairs - 1) / pairs : 1;
-        pieces = most < 1 ? 1 : wanted < most ? wanted : most;
+        const int64_t most = (rows_of_a_head + 4 * kRows - 1) / (4 * kRows),
+                      wanted = pairs ? (4 * threads + pairs - 1) / pairs : 1;
+        const int64_t least = (rows_of_a_head + 42 * kRows - 1) / (42 * kRows);
+        pieces = most < 1 ? 1 : wanted < least ? least : wanted < most ? wanted : most;
         rows = round_up((rows_of_a_head + pieces - 1) / pieces, kRows);
-        if (rows > 42 * kRows) rows = 42 * kRows;
-        if (rows < 1) rows = kRows;
-        pieces = (rows_of_a_head + rows - 1) / rows;
         slots = pairs * pieces < threads ? pairs * pieces : threads;
     }
     Range at(const Attention& a, int64_t item) const {

@@ -4,7 +4,8 @@
 // score, its exponentials in units of log2 and their sum. What a row has gathered so far is rescaled once a chunk. Half
 // precision is widened while packing, so that all arithmetic is float32.
 // Takes: float32, float16 or bfloat16, any strides, head dimensions up to 256, every mask; heads of k, v may be shared.
-// Floor: 4 B H Sq Sk D floating point operations. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/attention_forward.cpp
+// Floor: 4 B H Sq Sk D floating point operations. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
+// csrc/cpu/attention_forward.cpp
 #include "attention.h"
 
 namespace dk {
@@ -12,8 +13,8 @@ namespace {
 
 struct Call {
     Attention a;
-    void* o;     // [B, Sq, H, Dv]
-    float* lse;  // [B, H, Sq]
+    void* o;       // [B, Sq, H, Dv]
+    float* lse;    // [B, H, Sq]
     int64_t wide;  // Dv, in whole vectors
 };
 
@@ -22,8 +23,8 @@ struct Room {
     float *k, *v, *scores, *q, *line, *o, *top, *total;
 
     static int64_t floats(const Attention& a, int64_t rows) {
-        return kKeys * (a.d + round_up(a.dv, kLanes)) + 2 * kRows * kLine + kLine + round_up(rows, kLanes) * 2 +
-               rows * round_up(a.dv, kLanes) + 16;
+        return kKeys * (a.d + round_up(a.dv, kLanes)) + kRows * kLine + kLine + round_up(rows, kLanes) * 2 +
+               rows * (kLine + round_up(a.dv, kLanes));
     }
     Room(float* p, const Call& c, int64_t rows) {
         const auto take = [&](int64_t n) {
@@ -31,7 +32,7 @@ struct Room {
             p += n;
             return here;
         };
-        k = take(kKeys * c.a.d), v = take(kKeys * c.wide), scores = take(kRows * kLine), q = take(kRows * kLine);
+        k = take(kKeys * c.a.d), v = take(kKeys * c.wide), scores = take(kRows * kLine), q = take(rows * kLine);
         line = take(kLine), o = take(rows * c.wide), top = take(round_up(rows, kLanes)), total = take(round_up(rows, kLanes));
     }
 };
@@ -77,8 +78,16 @@ void run(const Call& c, const Range& range, int64_t most_rows, float* memory) {
     const bool plain = !masks && factor > 0;  // the scores' maximum is that of the products
     const double unit = plain ? a.scale : 0.6931471805599453;
     const auto* const q = static_cast<const T*>(a.q.data) + s.q_sample * a.q.at[0] + s.q_first * a.q.at[1];
-    const auto* const k = static_cast<const T*>(a.k.data) + s.k_sample * a.k.at[0] + s.k_first * a.k.at[1] + range.kv_head * a.k.at[2];
-    const auto* const v = static_cast<const T*>(a.v.data) + s.k_sample * a.v.at[0] + s.k_first * a.v.at[1] + range.kv_head * a.v.at[2];
+    const auto* const k =
+        static_cast<const T*>(a.k.data) + s.k_sample * a.k.at[0] + s.k_first * a.k.at[1] + range.kv_head * a.k.at[2];
+    const auto* const v =
+        static_cast<const T*>(a.v.data) + s.k_sample * a.v.at[0] + s.k_first * a.v.at[1] + range.kv_head * a.v.at[2];
+    for (int64_t at = 0; at < count;) {  // a run of queries of one head
+        const int64_t row = range.begin + at, query = row % s.queries, head = range.kv_head * a.group() + row / s.queries;
+        const int64_t n = s.queries - query < count - at ? s.queries - query : count - at;
+        pack_rows(q + query * a.q.at[1] + head * a.q.at[2], a.q.at[1], a.q.at[3], n, a.d, room.q + at * kLine, kLine);
+        at += n;
+    }
     int64_t reach = 0;
     for (int64_t r = range.begin; r < end; ++r) {
         const int64_t n = a.seen(s, r % s.queries);
@@ -97,14 +106,10 @@ void run(const Call& c, const Range& range, int64_t most_rows, float* memory) {
                 here = seen[r] > here ? seen[r] : here;
             }
             if (here == 0) continue;
-            for (int64_t r = 0; r < rows; ++r) {
-                const int64_t row = r0 + r, head = range.kv_head * a.group() + row / s.queries;
-                pack_rows(q + row % s.queries * a.q.at[1] + head * a.q.at[2], 0, a.q.at[3], 1, a.d, room.q + r * kLine, 0);
-            }
             const int64_t width = round_up(here, kLanes);
             for (int64_t j = 0; j < width; j += kPanel)
-                product<false, false>(room.q, rows, room.k + j * a.d, kPanel, room.scores + j, kLine,
-                                      (width - j < kPanel ? width - j : kPanel) / kLanes, a.d);
+                product<false, false>(room.q + (r0 - range.begin) * kLine, rows, room.k + j * a.d, kPanel, room.scores + j,
+                                      kLine, (width - j < kPanel ? width - j : kPanel) / kLanes, a.d);
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t row = r0 + r, at = row - range.begin;
                 float* const scores = room.scores + r * kLine;
@@ -116,11 +121,13 @@ void run(const Call& c, const Range& range, int64_t most_rows, float* memory) {
                     exponentials(scores, width, seen[r], 1, room.top[at], room.total[at], room.o + at * c.wide, c.wide);
                 }
             }
-            product<false, true>(room.scores, rows, room.v, c.wide, room.o + (r0 - range.begin) * c.wide, c.wide, c.wide / kLanes, here);
+            product<false, true>(room.scores, rows, room.v, c.wide, room.o + (r0 - range.begin) * c.wide, c.wide,
+                                 c.wide / kLanes, here);
         }
     }
     for (int64_t at = 0; at < count; ++at) {
-        const int64_t row = range.begin + at, head = range.kv_head * a.group() + row / s.queries, query = s.q_first + row % s.queries;
+        const int64_t row = range.begin + at, head = range.kv_head * a.group() + row / s.queries,
+                      query = s.q_first + row % s.queries;
         const float total = room.total[at], top = room.top[at];
         c.lse[(s.q_sample * a.heads + head) * a.q_tokens + query] =
             total == 0 ? -__builtin_inff() : static_cast<float>(unit * top + __builtin_log(total));
@@ -151,7 +158,8 @@ Refusal attention_forward(Stream stream, Views out, View q, View k, View v, Opti
     Call c{};
     if (Refusal why = parse(c.a, q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)) return why;
     if (Refusal why = readable(c.a)) return why;
-    const int64_t o_shape[] = {q.shape[0], q.shape[1], q.shape[2], v.shape[3]}, lse_shape[] = {q.shape[0], q.shape[2], q.shape[1]};
+    const int64_t o_shape[] = {q.shape[0], q.shape[1], q.shape[2], v.shape[3]},
+                  lse_shape[] = {q.shape[0], q.shape[2], q.shape[1]};
     if (out.count != 2 || !is_result(out[0], o_shape, q.dtype) || !is_result(out[1], lse_shape, DType::f32))
         return "out: not o and lse";
     c.o = out[0].data, c.lse = static_cast<float*>(out[1].data), c.wide = round_up(c.a.dv, kLanes);

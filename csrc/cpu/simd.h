@@ -124,12 +124,20 @@ DK_INLINE F load(const T* p) {
     std::memcpy(&h, p, sizeof h);
     return widen(h, T{});
 }
+#if defined(__AVX512F__)  // masked: a way through memory would wait for the stores
+DK_INLINE F load(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+template <class T>
+DK_INLINE F load(const T* p, int n) {
+    return widen(bit_cast<H>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p)), T{});
+}
+#else
 template <class T>
 DK_INLINE F load(const T* p, int n) {
     T lanes[kLanes] = {};
     for (int i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
 }
+#endif
 // The same from elements that lie `stride` apart.
 template <class T>
 DK_INLINE F gather(const T* p, int64_t stride, int n) {
@@ -198,12 +206,20 @@ DK_INLINE void store(T* p, F v) {
     const H h = narrow(v, T{});
     std::memcpy(p, &h, sizeof h);
 }
+#if defined(__AVX512F__)
+DK_INLINE void store(float* p, F v, int n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v); }
+template <class T>
+DK_INLINE void store(T* p, F v, int n) {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bit_cast<__m256i>(narrow(v, T{})));
+}
+#else
 template <class T>
 DK_INLINE void store(T* p, F v, int n) {
     T lanes[kLanes];
     store(lanes, v);
     for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
+#endif
 
 DK_INLINE void store_pair(bf16* p, Pair v) {
     const U w = (rounded(v.lo) >> 16) | (rounded(v.hi) & 0xffff0000u);
@@ -293,9 +309,10 @@ DK_INLINE F erf(F x) {
     return choose(x < -3.92f, splat(-1.0f), choose(x > 3.92f, splat(1.0f), y));
 }
 
+typedef float F8 __attribute__((vector_size(32)));
+typedef float F4 __attribute__((vector_size(16)));
+
 DK_INLINE float sum(F v) {
-    typedef float F8 __attribute__((vector_size(32)));
-    typedef float F4 __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
     const F8 eight =
         __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -304,6 +321,22 @@ DK_INLINE float sum(F v) {
 #endif
     const F4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+template <class V>
+DK_INLINE V larger(V a, V b) {
+    return a > b ? a : b;
+}
+DK_INLINE float largest(F v) {  // of numbers: a NaN may be left out
+#if defined(__AVX512F__)
+    const F8 eight = larger(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                            __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+    const F8 eight = v;
+#endif
+    const F4 four =
+        larger(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+    return larger(larger(four[0], four[2]), larger(four[1], four[3]));
 }
 
 }  // namespace
