@@ -82,8 +82,8 @@ DK_HOST_INLINE bool broadcasts(const View& t, const int64_t (&to)[4]) {
 }
 
 template <int N>
-DK_HOST_INLINE bool is_result(const View& t, const int64_t (&shape)[N], DType dtype) {
-    if (t.ndim != N || t.dtype != dtype || !t.contiguous()) return false;
+DK_HOST_INLINE bool has(const View& t, const int64_t (&shape)[N], DType dtype) {
+    if (t.ndim != N || t.dtype != dtype) return false;
     for (int i = 0; i < N; ++i)
         if (t.shape[i] != shape[i]) return false;
     return true;

@@ -159,29 +159,11 @@ void pack_turned(const T* from, int64_t token_step, int64_t step, int64_t tokens
     }
 }
 
-// One head's rows of queries: of all heads that share a head of k, v, one after the other.
-struct Range {
-    int64_t sample, kv_head, begin, end;  // row = head in the group * queries + query
-};
-
-// Who does what: a slot is a thread, or stands for one. Rows are cut by the number of threads, results are not.
-struct Share {
-    int64_t slots, pieces, rows;  // pieces of `rows` rows in each sample and head of k, v
-
-    explicit Share(const Attention& a, int64_t rows_of_a_head) {
-        const int64_t threads = dk_parallel_threads(), pairs = a.samples * a.kv_heads;
-        const int64_t most = (rows_of_a_head + 4 * kRows - 1) / (4 * kRows),
-                      wanted = pairs ? (4 * threads + pairs - 1) / pairs : 1;
-        const int64_t least = (rows_of_a_head + 42 * kRows - 1) / (42 * kRows);
-        pieces = most < 1 ? 1 : wanted < least ? least : wanted < most ? wanted : most;
-        rows = round_up((rows_of_a_head + pieces - 1) / pieces, kRows);
-        slots = pairs * pieces < threads ? pairs * pieces : threads;
-    }
-    Range at(const Attention& a, int64_t item) const {
-        const int64_t pairs = a.samples * a.kv_heads, pair = item % pairs, begin = item / pairs * rows;
-        return {pair / a.kv_heads, pair % a.kv_heads, begin, begin + rows};
-    }
-};
+// Keys from `seen` on are none.
+DK_INLINE void hide(float* s, int64_t seen, int64_t width) {
+    for (; seen < width && seen % kLanes; ++seen) s[seen] = -__builtin_inff();
+    for (; seen < width; seen += kLanes) store(s + seen, splat(-__builtin_inff()));
+}
 
 // What is added to scores, and what hides them, bit by bit.
 struct Masks {
@@ -189,15 +171,15 @@ struct Masks {
 
     explicit operator bool() const { return bias.dtype != DType::other || mask.dtype != DType::other; }
 
-    // s[j] = s[j] factor + bias log2(e), or -inf, for `keys` keys from `first` on; `line` is as long as s.
-    void apply(int64_t sample, int64_t head, int64_t query, int64_t first, int64_t width, int64_t keys, float factor, float* s,
-               float* line) const {
+    // s[j] = s[j] factor + bias unit, or -inf, for `keys` keys from `first` on; `line` is as long as s.
+    void apply(int64_t sample, int64_t head, int64_t query, int64_t first, int64_t width, int64_t keys, float factor,
+               float unit, float* s, float* line) const {
         const auto at = [&](const Lay& l) { return sample * l.at[0] + head * l.at[1] + query * l.at[2] + first * l.at[3]; };
         if (bias.dtype == DType::other)
             for (int64_t j = 0; j < width; j += kLanes) store(line + j, F{});
-        if (bias.dtype == DType::f32) widen_line(static_cast<const float*>(bias.data) + at(bias), bias.at[3], keys, line);
-        if (bias.dtype == DType::f16) widen_line(static_cast<const f16*>(bias.data) + at(bias), bias.at[3], keys, line);
-        if (bias.dtype == DType::bf16) widen_line(static_cast<const bf16*>(bias.data) + at(bias), bias.at[3], keys, line);
+        if (bias.dtype == DType::f32) widen_line(static_cast<const float*>(bias.data) + at(bias), bias.at[3], keys, unit, line);
+        if (bias.dtype == DType::f16) widen_line(static_cast<const f16*>(bias.data) + at(bias), bias.at[3], keys, unit, line);
+        if (bias.dtype == DType::bf16) widen_line(static_cast<const bf16*>(bias.data) + at(bias), bias.at[3], keys, unit, line);
         if (mask.dtype != DType::other) {
             const uint8_t* const seen = static_cast<const uint8_t*>(mask.data) + at(mask);
             for (int64_t j = 0; j < keys; ++j) line[j] = seen[j * mask.at[3]] ? line[j] : -__builtin_inff();
@@ -209,9 +191,9 @@ struct Masks {
     }
 
     template <class T>
-    static void widen_line(const T* from, int64_t step, int64_t keys, float* to) {
+    static void widen_line(const T* from, int64_t step, int64_t keys, float unit, float* to) {
         for (int64_t j = 0; j < keys; j += kLanes)
-            store(to + j, kLog2e * some(from + j * step, step, static_cast<int>(keys - j < kLanes ? keys - j : kLanes)));
+            store(to + j, unit * some(from + j * step, step, static_cast<int>(keys - j < kLanes ? keys - j : kLanes)));
     }
 };
 

@@ -18,12 +18,37 @@ struct Call {
     int64_t wide;  // Dv, in whole vectors
 };
 
+// One head's rows of queries: of all heads that share a head of k, v, one after the other.
+struct Range {
+    int64_t sample, kv_head, begin, end;  // row = head in the group * queries + query
+};
+
+// Who does what: a slot is a thread, or stands for one. Rows are cut by the number of threads, results are not.
+struct Share {
+    int64_t slots, pieces, rows;  // pieces of `rows` rows in each sample and head of k, v
+
+    explicit Share(const Attention& a, int64_t rows_of_a_head) {
+        const int64_t threads = dk_parallel_threads(), pairs = a.samples * a.kv_heads;
+        const int64_t most = (rows_of_a_head + 4 * kRows - 1) / (4 * kRows),
+                      wanted = pairs ? (4 * threads + pairs - 1) / pairs : 1;
+        const int64_t least = (rows_of_a_head + 42 * kRows - 1) / (42 * kRows);
+        pieces = most < 1 ? 1 : wanted < least ? least : wanted < most ? wanted : most;
+        rows = round_up((rows_of_a_head + pieces - 1) / pieces, kRows);
+        slots = pairs * pieces < threads ? pairs * pieces : threads;
+    }
+    Range at(const Attention& a, int64_t item) const {
+        const int64_t pairs = a.samples * a.kv_heads, pair = item % pairs, begin = item / pairs * rows;
+        return {pair / a.kv_heads, pair % a.kv_heads, begin, begin + rows};
+    }
+};
+
 // One slot's memory.
 struct Room {
     float *k, *v, *scores, *q, *line, *o, *top, *total;
 
+    static int64_t slack(int64_t rows) { return round_up(rows, kLanes) + kRows + kLanes; }  // a block is of whole vectors
     static int64_t floats(const Attention& a, int64_t rows) {
-        return kKeys * (a.d + round_up(a.dv, kLanes)) + kRows * kLine + kLine + round_up(rows, kLanes) * 2 +
+        return kKeys * (a.d + round_up(a.dv, kLanes)) + kRows * kLine + kLine + 2 * round_up(slack(rows), kLanes) +
                rows * (kLine + round_up(a.dv, kLanes));
     }
     Room(float* p, const Call& c, int64_t rows) {
@@ -33,104 +58,175 @@ struct Room {
             return here;
         };
         k = take(kKeys * c.a.d), v = take(kKeys * c.wide), scores = take(kRows * kLine), q = take(rows * kLine);
-        line = take(kLine), o = take(rows * c.wide), top = take(round_up(rows, kLanes)), total = take(round_up(rows, kLanes));
+        line = take(kLine), o = take(rows * c.wide), top = take(round_up(slack(rows), kLanes));
+        total = take(round_up(slack(rows), kLanes));
     }
 };
 
-// A row's scores become their exponentials, `width` of them, of which the first `seen` count; what `o` holds is rescaled.
-// exp2((s - top) factor), not s factor - top factor: at the top that is 1 however large the scores are.
-DK_INLINE void exponentials(float* s, int64_t width, int64_t seen, float factor, float& top, float& total, float* o,
+// A block's scores become their exponentials, `width` of them in a row. What is gathered so far is rescaled: top (in units of
+// log2), total and o, by row. Every row's largest score comes first, then every row's exponentials: within one row each step
+// would wait for the one before.
+// A rounding of s factor - top is a factor of all of a row; where scores are so large that it could take the row out of range,
+// they are scaled first, and the largest one's difference is exactly 0.
+DK_INLINE void exponentials(float* scores, int64_t rows, int64_t width, float factor, float* top, float* total, float* o,
                             int64_t wide) {
+    constexpr int kSlots = (kRows + kLanes - 1) / kLanes * kLanes;
     const float inf = __builtin_inff();
-    int64_t j = seen;
-    for (; j < width && j % kLanes; ++j) s[j] = -inf;
-    for (; j < width; j += kLanes) store(s + j, splat(-inf));
-    F most = splat(-inf);
-    for (j = 0; j < width; j += kLanes) {
-        const F x = load(s + j);
-        most = choose(x > most, x, most);
+    float highest[kSlots], kept[kSlots], base[kSlots], sums[kSlots] = {};
+    for (float& h : highest) h = -inf;  // the slots beyond are the next block's: nothing is new there
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* const s = scores + r * kLine;
+        F most[4];
+        for (F& m : most) m = splat(-inf);
+        int64_t j = 0;
+        for (; j + 4 * kLanes <= width; j += 4 * kLanes)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) most[i] = larger(load(s + j + i * kLanes), most[i]);
+        for (; j < width; j += kLanes) most[0] = larger(load(s + j), most[0]);
+        highest[r] = largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
     }
-    const float highest = largest(most), next = highest > top ? highest : top, base = next == -inf ? 0 : next;
-    const float kept = next == top ? 1 : exp2(splat((top - base) * factor))[0];
-    F sums{};
-    const F scale = splat(factor), less = splat(base);
-    for (j = 0; j < width; j += kLanes) {
-        const F p = exp2((load(s + j) - less) * scale);
-        store(s + j, p);
-        sums += p;
+    I far{}, moved{};
+    for (int i = 0; i < kSlots; i += kLanes) {
+        const F h = load(highest + i) * factor, before = load(top + i), next = larger(h, before);
+        const F from = choose(next == splat(-inf), F{}, next), k = exp2(before - from);
+        far |= (h > 0x1p24f) | ((h < -0x1p24f) & (h > -inf)), moved |= k != splat(1);
+        store(top + i, next), store(base + i, from), store(kept + i, k);
     }
-    top = next, total = total * kept + sum(sums);
-    if (kept != 1)
-        for (int64_t i = 0; i < wide; i += kLanes) store(o + i, kept * load(o + i));
+    if (any(far)) {
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t j = 0; j < width; j += kLanes) store(scores + r * kLine + j, factor * load(scores + r * kLine + j));
+        factor = 1;
+    }
+    const F scale = splat(factor);
+    for (int64_t r = 0; r < rows; ++r) {
+        float* const s = scores + r * kLine;
+        const F less = splat(-base[r]);
+        const auto exponential = [&](int64_t at) __attribute__((always_inline)) {
+            const F p = exp2(fma(load(s + at), scale, less));
+            store(s + at, p);
+            return p;
+        };
+        F sum4[4] = {};
+        int64_t j = 0;
+        for (; j + 4 * kLanes <= width; j += 4 * kLanes)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) sum4[i] += exponential(j + i * kLanes);
+        for (; j < width; j += kLanes) sum4[0] += exponential(j);
+        sums[r] = sum((sum4[0] + sum4[1]) + (sum4[2] + sum4[3]));
+    }
+    for (int i = 0; i < kSlots; i += kLanes) store(total + i, fma(load(total + i), load(kept + i), load(sums + i)));
+    if (any(moved))
+        for (int64_t r = 0; r < rows; ++r)
+            if (kept[r] != 1)
+                for (int64_t i = 0; i < wide; i += kLanes) store(o + r * wide + i, kept[r] * load(o + r * wide + i));
 }
 
+// The rows of one item, and where its operands are.
 template <class T>
-void run(const Call& c, const Range& range, int64_t most_rows, float* memory) {
+struct Work {
+    Range range;
+    Sequence s;
+    int64_t count = 0, reach = 0;  // rows; keys that some row sees
+    const T *q, *k, *v;
+
+    Work(const Attention& a, const Range& r) : range(r), s(a.sequence(r.sample)) {
+        const int64_t all = a.group() * s.queries;
+        if (range.end > all) range.end = all;
+        count = range.end - range.begin;
+        q = static_cast<const T*>(a.q.data) + s.q_sample * a.q.at[0] + s.q_first * a.q.at[1];
+        k = static_cast<const T*>(a.k.data) + s.k_sample * a.k.at[0] + s.k_first * a.k.at[1] + r.kv_head * a.k.at[2];
+        v = static_cast<const T*>(a.v.data) + s.k_sample * a.v.at[0] + s.k_first * a.v.at[1] + r.kv_head * a.v.at[2];
+        if (a.causal == Causal::none)
+            reach = s.keys;
+        else
+            for (int64_t row = range.begin; row < range.end; ++row) reach = max(reach, a.seen(s, row % s.queries));
+    }
+    static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+    const T* query(const Attention& a, int64_t row) const {
+        return q + row % s.queries * a.q.at[1] + (range.kv_head * a.group() + row / s.queries) * a.q.at[2];
+    }
+};
+
+// What is packed next is fetched while this is computed: a token is often a page from the last, where no prefetcher follows.
+template <class T>
+struct Ahead {
+    const T *k, *v, *q;
+    int64_t keys, queries, rows;  // q's only with the next item
+
+    DK_INLINE void fetch(const Attention& a, int64_t row) const {
+        for (int64_t t = row * keys / rows; t < (row + 1) * keys / rows; ++t) {
+            prefetch(k + t * a.k.at[1], a.d * sizeof(T));
+            prefetch(v + t * a.v.at[1], a.dv * sizeof(T));
+        }
+        for (int64_t t = row * queries / rows; t < (row + 1) * queries / rows; ++t)
+            prefetch(q + t * a.q.at[1], a.d * sizeof(T));
+    }
+};
+
+template <class T>
+void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows, float* memory) {
     const Attention& a = c.a;
-    const Sequence s = a.sequence(range.sample);
-    const int64_t all = a.group() * s.queries, end = range.end < all ? range.end : all, count = end - range.begin;
-    if (count <= 0) return;
+    const Sequence& s = w.s;
     const Room room(memory, c, most_rows);
-    for (int64_t i = 0; i < count * c.wide; i += kLanes) store(room.o + i, F{});
-    for (int64_t i = 0; i < count; ++i) room.top[i] = -__builtin_inff(), room.total[i] = 0;
+    for (int64_t i = 0; i < w.count * c.wide; i += kLanes) store(room.o + i, F{});
+    for (int64_t i = 0; i < w.count + kRows + kLanes; ++i) room.top[i] = -__builtin_inff(), room.total[i] = 0;
     const Masks masks{a.bias, a.mask};
     const float factor = a.scale * kLog2e;
-    const bool plain = !masks && factor > 0;  // the scores' maximum is that of the products
-    const double unit = plain ? a.scale : 0.6931471805599453;
-    const auto* const q = static_cast<const T*>(a.q.data) + s.q_sample * a.q.at[0] + s.q_first * a.q.at[1];
-    const auto* const k =
-        static_cast<const T*>(a.k.data) + s.k_sample * a.k.at[0] + s.k_first * a.k.at[1] + range.kv_head * a.k.at[2];
-    const auto* const v =
-        static_cast<const T*>(a.v.data) + s.k_sample * a.v.at[0] + s.k_first * a.v.at[1] + range.kv_head * a.v.at[2];
-    for (int64_t at = 0; at < count;) {  // a run of queries of one head
-        const int64_t row = range.begin + at, query = row % s.queries, head = range.kv_head * a.group() + row / s.queries;
-        const int64_t n = s.queries - query < count - at ? s.queries - query : count - at;
-        pack_rows(q + query * a.q.at[1] + head * a.q.at[2], a.q.at[1], a.q.at[3], n, a.d, room.q + at * kLine, kLine);
-        at += n;
+    const bool plain = !masks && factor > 0;          // the scores' maximum is that of the products
+    for (int64_t at = 0, n; at < w.count; at += n) {  // runs of queries of one head
+        const int64_t row = w.range.begin + at, rest = s.queries - row % s.queries;
+        n = rest < w.count - at ? rest : w.count - at;
+        pack_rows(w.query(a, row), a.q.at[1], a.q.at[3], n, a.d, room.q + at * kLine, kLine);
     }
-    int64_t reach = 0;
-    for (int64_t r = range.begin; r < end; ++r) {
-        const int64_t n = a.seen(s, r % s.queries);
-        reach = n > reach ? n : reach;
-    }
-    for (int64_t first = 0; first < reach; first += kKeys) {
-        const int64_t keys = reach - first < kKeys ? reach - first : kKeys;
-        pack_turned(k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k);
-        pack_rows(v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, c.wide);
-        for (int64_t r0 = range.begin; r0 < end; r0 += kRows) {
-            const int64_t rows = end - r0 < kRows ? end - r0 : kRows;
+    for (int64_t first = 0; first < w.reach; first += kKeys) {
+        const int64_t keys = w.reach - first < kKeys ? w.reach - first : kKeys, after = w.reach - first - keys;
+        pack_turned(w.k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k);
+        pack_rows(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, c.wide);
+        Ahead<T> ahead{w.k + (first + keys) * a.k.at[1],
+                       w.v + (first + keys) * a.v.at[1],
+                       nullptr,
+                       after < kKeys ? after : kKeys,
+                       0,
+                       w.count};
+        if (after == 0 && next && next->count > 0)
+            ahead = {next->k,     next->v, next->query(a, next->range.begin), next->reach < kKeys ? next->reach : kKeys,
+                     next->count, w.count};
+        for (int64_t r0 = 0; r0 < w.count; r0 += kRows) {
+            const int64_t rows = w.count - r0 < kRows ? w.count - r0 : kRows;
             int64_t seen[kRows], here = 0;
             for (int64_t r = 0; r < rows; ++r) {
-                const int64_t n = a.seen(s, (r0 + r) % s.queries) - first;
+                const int64_t n = a.causal == Causal::none ? keys : a.seen(s, (w.range.begin + r0 + r) % s.queries) - first;
                 seen[r] = n < 0 ? 0 : n < keys ? n : keys;
                 here = seen[r] > here ? seen[r] : here;
             }
             if (here == 0) continue;
             const int64_t width = round_up(here, kLanes);
             for (int64_t j = 0; j < width; j += kPanel)
-                product<false, false>(room.q + (r0 - range.begin) * kLine, rows, room.k + j * a.d, kPanel, room.scores + j,
-                                      kLine, (width - j < kPanel ? width - j : kPanel) / kLanes, a.d);
+                product<false, false>(room.q + r0 * kLine, rows, room.k + j * a.d, kPanel, room.scores + j, kLine,
+                                      (width - j < kPanel ? width - j : kPanel) / kLanes, a.d);
             for (int64_t r = 0; r < rows; ++r) {
-                const int64_t row = r0 + r, at = row - range.begin;
+                const int64_t at = r0 + r, row = w.range.begin + at;
                 float* const scores = room.scores + r * kLine;
-                if (plain) {
-                    exponentials(scores, width, seen[r], factor, room.top[at], room.total[at], room.o + at * c.wide, c.wide);
-                } else {
-                    const int64_t head = range.kv_head * a.group() + row / s.queries;
-                    masks.apply(range.sample, head, row % s.queries, first, width, here, factor, scores, room.line);
-                    exponentials(scores, width, seen[r], 1, room.top[at], room.total[at], room.o + at * c.wide, c.wide);
+                ahead.fetch(a, at);
+                if (!plain) {
+                    const int64_t head = w.range.kv_head * a.group() + row / s.queries;
+                    masks.apply(w.range.sample, head, row % s.queries, first, width, here, factor, kLog2e, scores, room.line);
                 }
+                hide(scores, seen[r], width);
             }
-            product<false, true>(room.scores, rows, room.v, c.wide, room.o + (r0 - range.begin) * c.wide, c.wide,
-                                 c.wide / kLanes, here);
+            exponentials(room.scores, rows, width, plain ? factor : 1, room.top + r0, room.total + r0, room.o + r0 * c.wide,
+                         c.wide);
+            for (int64_t j = 0; j < here; j += kPanel)
+                product<false, true>(room.scores + j, rows, room.v + j * c.wide, c.wide, room.o + r0 * c.wide, c.wide,
+                                     c.wide / kLanes, here - j < kPanel ? here - j : kPanel);
         }
     }
-    for (int64_t at = 0; at < count; ++at) {
-        const int64_t row = range.begin + at, head = range.kv_head * a.group() + row / s.queries,
+    for (int64_t at = 0; at < w.count; ++at) {
+        const int64_t row = w.range.begin + at, head = w.range.kv_head * a.group() + row / s.queries,
                       query = s.q_first + row % s.queries;
-        const float total = room.total[at], top = room.top[at];
+        const float total = room.total[at];
         c.lse[(s.q_sample * a.heads + head) * a.q_tokens + query] =
-            total == 0 ? -__builtin_inff() : static_cast<float>(unit * top + __builtin_log(total));
+            total == 0 ? -__builtin_inff() : static_cast<float>(0.6931471805599453 * room.top[at] + __builtin_log(total));
         T* const to = static_cast<T*>(c.o) + ((s.q_sample * a.q_tokens + query) * a.heads + head) * a.dv;
         const float inverse = total == 0 ? 0 : 1 / total;
         for (int64_t i = 0; i < a.dv; i += kLanes) {
@@ -160,17 +256,25 @@ Refusal attention_forward(Stream stream, Views out, View q, View k, View v, Opti
     if (Refusal why = readable(c.a)) return why;
     const int64_t o_shape[] = {q.shape[0], q.shape[1], q.shape[2], v.shape[3]},
                   lse_shape[] = {q.shape[0], q.shape[2], q.shape[1]};
-    if (out.count != 2 || !is_result(out[0], o_shape, q.dtype) || !is_result(out[1], lse_shape, DType::f32))
-        return "out: not o and lse";
+    if (out.count != 2 || !has(out[0], o_shape, q.dtype) || !has(out[1], lse_shape, DType::f32) || !out[0].contiguous() ||
+        !out[1].contiguous())
+        return "out: not o and lse, contiguous";
     c.o = out[0].data, c.lse = static_cast<float*>(out[1].data), c.wide = round_up(c.a.dv, kLanes);
     const Share share = shared(c.a);
     const int64_t items = c.a.samples * c.a.kv_heads * share.pieces, room = Room::floats(c.a, share.rows);
     return for_dtype(Floats{}, q.dtype, "q: dtype", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         auto body = [&](int64_t begin, int64_t end) {
-            for (int64_t slot = begin; slot < end; ++slot)
-                for (int64_t item = slot; item < items; item += share.slots)
-                    run<T>(c, share.at(c.a, item), share.rows, static_cast<float*>(stream.scratch) + slot * room);
+            for (int64_t slot = begin; slot < end; ++slot) {
+                Work<T> work(c.a, share.at(c.a, slot));
+                for (int64_t item = slot; item < items; item += share.slots) {
+                    const bool last = item + share.slots >= items;
+                    const Work<T> next(c.a, share.at(c.a, last ? item : item + share.slots));
+                    if (work.count > 0)
+                        run<T>(c, work, last ? nullptr : &next, share.rows, static_cast<float*>(stream.scratch) + slot * room);
+                    work = next;
+                }
+            }
         };
         parallel_for(share.slots, 1, body);
         return nullptr;
