@@ -18,7 +18,7 @@ ROOM = 1 << 26  # scores that the definition holds at a time
 
 
 def check(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale):  # type: ignore[no-untyped-def]
-    """Raises TypeError or ValueError; what index tensors hold is looked at where it is used."""
+    """Raises TypeError or ValueError; and IndexError for what index tensors hold, where they can be read: on a CPU."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
@@ -69,6 +69,22 @@ def check(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)
         raise ValueError(f"scale: expected a number, got {scale}")
     if causal not in CAUSAL:
         raise ValueError(f"causal: expected one of {', '.join(map(repr, CAUSAL))}; got {causal!r}")
+    for name, t, expected, bad in _indices(q, k, key_lengths, cu_q, cu_k, kv_index):
+        if type(t) is Tensor and t.device.type == "cpu" and bad.any():
+            raise IndexError(f"{name}: expected {expected}, got {t[bad][0]}")
+
+
+def _indices(q, k, key_lengths, cu_q, cu_k, kv_index) -> Iterator[tuple[str, Tensor, str, Tensor]]:  # type: ignore[no-untyped-def]
+    """Every index tensor, what it may hold, and where it does not."""
+    if key_lengths is not None:
+        yield "key_lengths", key_lengths, f"0 to {k.shape[1]}", (key_lengths < 0) | (key_lengths > k.shape[1])
+    if kv_index is not None:
+        yield "kv_index", kv_index, f"0 to {k.shape[0] - 1}", (kv_index < 0) | (kv_index >= k.shape[0])
+    for name, cu, most in (("cu_q", cu_q, q.shape[1]), ("cu_k", cu_k, k.shape[1])):
+        if cu is not None:
+            falls = torch.cat([cu[:1] != 0, cu[1:] < cu[:-1]])
+            last = torch.arange(1, len(cu) + 1, device=cu.device) == len(cu)
+            yield name, cu, f"offsets that rise from 0 to {most}", falls | (last & (cu != most))
 
 
 class Spread(NamedTuple):
@@ -110,27 +126,20 @@ class Spread(NamedTuple):
 
 
 def spread(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal):  # type: ignore[no-untyped-def]
-    """Raises IndexError for what index tensors may not hold, where that can be seen."""
+    """The call, spread. On a GPU a bad key_lengths or kv_index marks its sample."""
     wide = torch.promote_types(q.dtype, torch.float32)
     n, m, group = q.shape[1], k.shape[1], (k.shape[2], q.shape[2] // k.shape[2])
     place, at = (torch.arange(size, device=q.device) for size in (n, m))
     sequence, of = torch.zeros_like(place), torch.zeros_like(at)
     lengths = torch.full((q.shape[0],), m, device=q.device)
     bad = torch.zeros_like(lengths, dtype=torch.bool)
+    wrong = {name: found for name, *_, found in _indices(q, k, key_lengths, cu_q, cu_k, kv_index)}
     if key_lengths is not None:
-        lengths, bad = key_lengths, (key_lengths < 0) | (key_lengths > m)
-        _tell("key_lengths", key_lengths, bad, f"0 to {m}")
+        lengths, bad = key_lengths, bad | wrong["key_lengths"]
     if kv_index is not None:
-        outside = (kv_index < 0) | (kv_index >= k.shape[0])
-        _tell("kv_index", kv_index, outside, f"0 to {k.shape[0] - 1}")
-        kv_index, bad = kv_index.long().masked_fill(outside, 0), bad | outside
-        k, v = k[kv_index], v[kv_index]
+        rows, bad = kv_index.long().masked_fill(wrong["kv_index"], 0), bad | wrong["kv_index"]
+        k, v = k[rows], v[rows]
     if cu_q is not None:
-        for name, cu, most in (("cu_q", cu_q, n), ("cu_k", cu_k, m)):
-            wrong = (
-                torch.cat([cu[:1] != 0, cu[1:] < cu[:-1]]) | (cu > most) | (torch.arange(len(cu)) == len(cu) - 1) & (cu != most)
-            )
-            _tell(name, cu, wrong, f"offsets that rise from 0 to {most}")
         sequence, of = (torch.searchsorted(cu[1:], t, right=True, out_int32=True) for cu, t in ((cu_q, place), (cu_k, at)))
         place, at = place - cu_q[sequence], at - cu_k[of]
         if causal == "bottom-right":  # from the end of the keys
@@ -144,11 +153,6 @@ def spread(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal):  # t
     bias, mask = (None if t is None else t.expand(full).unflatten(1, group) for t in (bias, mask))
     places = (sequence[:, None], place[:, None]), (of, at)
     return Spread(q.unflatten(1, group), k, v, bias, mask, *places, lengths.view(-1, 1, 1, 1, 1), bad if bad.is_cuda else None)
-
-
-def _tell(name: str, index: Tensor, bad: Tensor, expected: str) -> None:
-    if type(index) is Tensor and index.device.type == "cpu" and bad.any():
-        raise IndexError(f"{name}: expected {expected}, got {index[bad][0].item()}")
 
 
 def sum_like(pieces: list[Tensor], bias: Tensor) -> Tensor:
