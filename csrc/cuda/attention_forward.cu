@@ -215,19 +215,14 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
             }
         }
     }
-#pragma unroll 1
-    for (int from = 0, stage = 0; from < reach; from += kKeys, stage ^= 1) {
-        copies_done();
-        __syncthreads();  // this tile is here, and nobody reads the one before
-        if (from + kKeys < reach) fetch_keys(from + kKeys, stage ^ 1);
-        if (from >= most) continue;  // the whole warp
-        const uint32_t shift = stage * 2 * S::tile * kBytes;
-
-        float p[kBlocks][kKeys / 8][4];
+    // The next kCount keys from `from` on; shift: how many bytes lie before them in the tiles.
+    const auto step = [&](auto count, int from, uint32_t shift) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(count)::value;
+        float p[kBlocks][kCount / 8][4];
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n)
+            for (int n = 0; n < kCount / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) p[m][n][e] = 0;
 #pragma unroll
@@ -242,7 +237,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
                     matrices<false>(x[m], q_at + (m * 16 * S::pitch + i * 16) * kBytes);
             }
 #pragma unroll
-            for (int n = 0; n < kKeys / 8; n += 2) {
+            for (int n = 0; n < kCount / 8; n += 2) {
                 uint32_t y[4];
                 matrices<false>(y, k_at + shift + (n * 8 * S::pitch + i * 16) * kBytes);
 #pragma unroll
@@ -253,14 +248,15 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
             }
         }
         if constexpr (kRest) {
+            constexpr int kMost = kCount < 32 ? 2 : 4;  // matrices at a time
 #pragma unroll
-            for (int n = 0; n < kKeys / 8; n += 4) {
-                uint32_t y[4];
+            for (int n = 0; n < kCount / 8; n += kMost) {
+                uint32_t y[kMost];
                 matrices<false>(y, rest_at + shift + n * 8 * S::pitch * kBytes);
 #pragma unroll
                 for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) multiply(p[m][n + e], kept_rest[m], y[e], T{});
+                    for (int e = 0; e < kMost; ++e) multiply(p[m][n + e], kept_rest[m], y[e], T{});
             }
         }
 
@@ -268,10 +264,10 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
 #pragma unroll
             for (int m = 0; m < kBlocks; ++m)
 #pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n)
+                for (int n = 0; n < kCount / 8; ++n)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) p[m][n][e] *= scale;
-        if (kHiding || from + kKeys > all) {
+        if (kHiding || from + kCount > all) {
             const int lane = this_thread() % 32;
 #pragma unroll
             for (int m = 0; m < kBlocks; ++m)
@@ -282,7 +278,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
                     const int key = from + lane % 4 * 2, end = seen(query) - key;
                     const Hiding hiding(a, sample, head, query);
 #pragma unroll
-                    for (int n = 0; n < kKeys / 8; ++n)
+                    for (int n = 0; n < kCount / 8; ++n)
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
                             float& x = p[m][n][h * 2 + e];
@@ -300,7 +296,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
             for (int h = 0; h < 2; ++h) {
                 float next = top[m][h];
 #pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n) next = fmaxf(next, fmaxf(p[m][n][h * 2], p[m][n][h * 2 + 1]));
+                for (int n = 0; n < kCount / 8; ++n) next = fmaxf(next, fmaxf(p[m][n][h * 2], p[m][n][h * 2 + 1]));
                 next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 1));
                 next = fmaxf(next, __shfl_xor_sync(0xffffffffu, next, 2));
                 const float base = next == -INFINITY ? 0.0f : next;
@@ -312,7 +308,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
                     for (int n = 0; n < kD / 8; ++n) o[m][n][h * 2] *= less, o[m][n][h * 2 + 1] *= less;
                 }
 #pragma unroll
-                for (int n = 0; n < kKeys / 8; ++n)
+                for (int n = 0; n < kCount / 8; ++n)
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         float& x = p[m][n][h * 2 + e];
@@ -322,7 +318,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
             }
 
 #pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) {
+        for (int i = 0; i < kCount / 16; ++i) {
             uint32_t x[kBlocks][4];
 #pragma unroll
             for (int m = 0; m < kBlocks; ++m)
@@ -349,6 +345,18 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
                 for (int m = 0; m < kBlocks; ++m) multiply(o[m][kD / 8 - 1], x[m], y[0], y[1], T{});
             }
         }
+    };
+#pragma unroll 1
+    for (int from = 0, stage = 0; from < reach; from += kKeys, stage ^= 1) {
+        copies_done();
+        __syncthreads();  // this tile is here, and nobody reads the one before
+        if (from + kKeys < reach) fetch_keys(from + kKeys, stage ^ 1);
+        const uint32_t shift = stage * 2 * S::tile * kBytes;
+        if (most - from > kKeys / 2)
+            step(IntTag<kKeys>{}, from, shift);
+        else  // few, or, as causality may have it, none: in steps of 16
+#pragma unroll 1
+            for (int i = 0; i < most - from; i += 16) step(IntTag<16>{}, from + i, shift + i * S::pitch * kBytes);
     }
 
     // o goes through the place where q was, so that a store moves 16 bytes.
