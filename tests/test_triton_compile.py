@@ -16,9 +16,11 @@ import pytest
 
 ARCHS = (80, 90)
 DTYPES = ("fp32", "bf16")
+SHARED = 99 * 1024  # bytes that a block may have on every GPU since sm_80
 
 CHILD = """
 import importlib, json, re, sys
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -135,6 +137,45 @@ def row_covariance(t):
     yield "_merge", merged | {"COUNT": 4, "BLOCK": 4096, "TILE": 64}, 1, "LDG", "STG"
 
 
+SHOWN = {"bias": ("*fp32", "i32", "i32", "i32", 1), "mask": ("*u8", "i32", 0, "i32", 1)}
+
+
+def attention(module, t, d, more):
+    "The arguments of a call with heads of d columns, and how it is compiled."
+    module = importlib.import_module("diffkernels.triton." + module)
+    dtype = torch.float32 if t == "fp32" else torch.bfloat16
+    tiles = module._attention.widest(module.TILES, dtype, d, "bias" in more)
+    given = {name: ("*" + t, "i32", "i32", "i32", 1) for name in ("q", "k", "v")} | {"scale": "fp32", "D": d, "DV": d}
+    given |= integers("q_tokens k_samples k_tokens samples blocks group") | dict.fromkeys(("bias", "mask"))
+    given |= {"PARTS": module._attention.parts(d), "V_PARTS": module._attention.parts(d), "CAUSAL": 0, "index": (None,) * 4}
+    return given | {"QUERIES": tiles.queries, "KEYS": tiles.keys} | more, (tiles.warps, tiles.stages)
+
+
+def attention_forward(t):
+    "A head of two parts; the widest; with all there is; packed."
+    all_of = SHOWN | {"CAUSAL": 1, "index": ("*i32", None, None, "*i32"), "SCALED": True}
+    for d, more in ((72, {}), (256, {}), (128, all_of), (40, {"CAUSAL": 2, "index": (None, "*i32", "*i32", None)})):
+        given, how = attention("attention_forward", t, d, more)
+        yield "_kernel", pointers("o", t) | pointers("lse", "fp32") | {"SCALED": False} | given, how
+
+
+def attention_backward(t):
+    for name, outs in (("_keys", "dk dv"), ("_queries", "dq")):
+        all_of = SHOWN | {"CAUSAL": 1, "index": ("*i32", None, None, "*i32")}
+        packed = {"CAUSAL": 2, "index": (None, "*i32", "*i32", None)}
+        for d, more in ((72, {}), (256, {}), (128, all_of), (40, packed)):
+            given, how = attention("attention_backward", t, d, more)
+            given |= {"grad": given["q"]} | dict.fromkeys(("lse", "delta"), ("*fp32", "i32", "i32", 1))
+            yield name, pointers(outs, t) | integers("q_samples") | given, how
+    given, how = attention("attention_backward", t, 72, SHOWN | {"ALONG": (True, False, False, False)})
+    given |= {"grad": given["q"], "d_bias": ("*fp32", "i32", "i32", "i32", 1)}
+    given |= dict.fromkeys(("lse", "delta"), ("*fp32", "i32", "i32", 1))
+    yield "_bias", given | integers("q_samples heads own_heads q_blocks k_blocks"), how, "STG"
+    four = {name: ("*" + t, "i32", "i32", "i32", 1) for name in ("grad", "o")} | {"grad_lse": ("*fp32", "i32", "i32", 1)}
+    sizes = integers("tokens heads count") | {"DV": 72, "ROWS": 16, "WIDE": 128}
+    yield "_delta", pointers("delta", "fp32") | four | sizes, 4, "STG"
+
+
 def specialise(kernel, given):
     "The signature; constants and multiples of 16, by place."
     signature, constants, attrs = {}, {}, {}
@@ -156,12 +197,14 @@ def build(op, variants, dtype, arch):
         module, _, name = name.rpartition(".")
         kernel = getattr(importlib.import_module("diffkernels.triton." + (module or op)), name)
         source = ASTSource(fn=kernel, **specialise(kernel, given))
-        options = {"num_warps": warps, "enable_fp_fusion": op not in UNFUSED}
+        warps, stages = warps if isinstance(warps, tuple) else (warps, 3)
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": op not in UNFUSED}
         built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         sass = built.asm["sass"]
         yield {
             "op": op, "dtype": dtype, "arch": arch, "kernel": kernel.__name__, "given": str(given),
             "cubin": len(built.asm["cubin"]), "elf": built.asm["cubin"][:4] == b"\\x7fELF",
+            "shared": built.metadata.shared,
             "local": re.findall(r"\\b(?:LDL|STL)\\b.*", sass),
             "wide": {
                 i: len(re.findall(r"\\b" + i + r"\\.E(?:\\.\\w+)*\\.128\\b", sass)) for i in ("LDG", "STG") if i not in narrow
@@ -197,4 +240,5 @@ def test_kernel_compiles(op, tmp_path) -> None:
     for row in rows:
         assert row["elf"] and row["cubin"] > 0, row
         assert not row["local"], row
+        assert row["shared"] <= SHARED, row
         assert all(row["wide"].values()), row
