@@ -19,7 +19,7 @@ from ._attention import LOG2E, Tiles, against, extent, line, mine, nothing, plus
 
 # As in attention_forward.
 TILES = {
-    "HALF": {128: Tiles(64, 64, 8, 2), 256: Tiles(32, 32, 8, 2)},
+    "HALF": {64: Tiles(64, 64, 8, 2), 128: Tiles(32, 64, 8, 2), 256: Tiles(32, 32, 8, 2)},
     "SINGLE": {64: Tiles(32, 32, 8, 2), 128: Tiles(32, 16, 8, 2), 256: Tiles(16, 16, 8, 2)},
 }
 ROWS = 16

@@ -21,7 +21,7 @@ TILES = {
     "SINGLE": {
         64: Tiles(64, 32, 8, 2),
         128: Tiles(32, 32, 8, 2),
-        256: Tiles(32, 16, 8, 2),
+        256: Tiles(16, 16, 8, 2),
     },  # no tensor cores
 }
 
