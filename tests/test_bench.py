@@ -132,7 +132,7 @@ def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch) -> None:
     found = suite.part(task)
     assert found["skipped"] == {
         "compile": "ZeroDivisionError: division by zero",
-        "sdpa-math": "stands in for attention only",
+        "sdpa-math": "stands in for attention's forward only",
         "liger": "has nothing for slice_moments",
     }
     assert {"ours", "again", "kernel", "eager", "copy"} == set(found["samples"])
@@ -144,7 +144,7 @@ def test_eager_formulas_say_what_the_op_says(name) -> None:
     """A formula that computes something else would make a ratio of nothing."""
     op = OPS[name]
     for case in op.cases:
-        if case.eager is None or sum(n for n in case.shape) > 10000:
+        if case.eager is None or sum(n for n in case.shape) > 10000 or (case.flops and case.flops(*case.shape) > 1e9):
             continue
         (task,) = suite.tasks([f"{name}/{case.name}"], ["f32"], vs=("eager",))[:1]
         subject = suite._op_subject(task)
@@ -171,16 +171,46 @@ def test_peers_are_named_alone_by_family_or_all() -> None:
     assert peers.chosen("sdpa,eager") == ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "eager")
 
 
-def test_sdpa_backends_compute_attention() -> None:
-    """There is no attention op yet: its adapters are called as one would call them."""
-    kwargs = {name: torch.randn(1, 9, 2, 8) for name in "qkv"}
-    expected = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", kwargs["q"], kwargs["k"]) * 8**-0.5, -1)
-    expected = torch.einsum("bhqk,bkhd->bqhd", expected, kwargs["v"])
-    for name in ("sdpa-math", "sdpa-flash"):
-        torch.testing.assert_close(peers.PEERS[name](None, None, kwargs)(kwargs)(), expected)
-    for name in ("flash-attn", "sageattention", "xformers"):
+def attention_case(name):
+    op = OPS["attention_forward"]
+    case = next(c for c in op.cases if c.name == name)
+    return op, case, case.args(suite.Draw(torch.float32))
+
+
+@pytest.mark.parametrize(
+    "name", ["self", "dimr", "grouped", "causal", "causal-top-left", "mask", "relative-bias", "negative-scale"]
+)
+def test_sdpa_backends_compute_attention(name) -> None:
+    """They answer o, the first of our results, and that is what is compared."""
+    op, case, kwargs = attention_case(name)
+    exact = suite.oracle.exact(op, op.bind((), kwargs))
+    for peer in ("sdpa-math", "sdpa-flash"):
+        answer = [peers.PEERS[peer](op, case, kwargs)(kwargs)()]
+        error = suite._worst(answer, exact)
+        assert error is not None and error < 1e-6
+        assert suite._worst([answer[0] * 1.001], exact) > 5e-4 and suite._worst([*answer, *answer], exact) is None
+    assert suite._worst([], exact) is None
+
+
+def test_attention_that_a_peer_does_not_have_is_skipped_with_the_reason() -> None:
+    for name, missing in {
+        "bias": "mask",  # beside a bias
+        "causal-longer": "causal bottom-right",
+        "lengths-causal": "key_lengths, causal bottom-right",
+        "packed": "cu_q",
+        "indexed": "kv_index",
+    }.items():
+        with pytest.raises(peers.Skip, match=f"^has no {missing}$"):
+            peers.PEERS["sdpa-math"](*attention_case(name))
+    for name, missing in {"flash-attn": "mask", "sageattention": "grouped heads", "xformers": "causal"}.items():
+        case = {"mask": "mask", "grouped heads": "grouped", "causal": "causal"}[missing]
+        with pytest.raises(peers.Skip, match=f"^has no {missing}$"):
+            peers.PEERS[name](*attention_case(case))
         with pytest.raises(peers.Skip, match="GPU only"):
-            peers.PEERS[name](None, None, kwargs)
+            peers.PEERS[name](*attention_case("self"))
+    op = OPS["attention_backward"]
+    with pytest.raises(peers.Skip, match="forward only"):
+        peers.PEERS["sdpa-math"](op, op.cases[0], {})
 
 
 def test_a_cold_cache_takes_other_tensors_in_turn() -> None:
@@ -290,7 +320,7 @@ def test_a_budget_begins_with_what_is_missing(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["attention"], "op: expected one of depthwise_conv2d"),
+        (["attention"], "op: expected one of attention_backward"),
         (["norm_modulate/flux"], "norm_modulate has the cases dit-xl-256, pixart-1024"),
         (["--dtype", "f64"], "--dtype: expected one of f32, f16, bf16; got 'f64'"),
         (["--rung", "fast"], "rung: expected one of"),

@@ -22,8 +22,7 @@ PRODUCTS = (
     "baddbmm",
     "linear",
     "convolution",
-    "scaled_dot_product",
-    "flash_attention",
+    "attention",
     "embedding",
     "empty",
 )

@@ -153,27 +153,35 @@ def onnxruntime(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     return bind
 
 
-def _attention(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as [B, H, S, D] views of our [B, S, H, D]."""
-    if not {"q", "k", "v"} <= kwargs.keys():
-        raise Skip("stands in for attention only")
-    q, k, v = (kwargs[name].transpose(1, 2) for name in "qkv")
-    return q, k, v
+def _attention(op: Op, kwargs: dict[str, Any], *can: str) -> None:
+    """Raises Skip unless this is attention of [B, S, H, D] with nothing more than what the peer `can` do."""
+    if op.name != "attention_forward":
+        raise Skip("stands in for attention's forward only")
+    q, k = kwargs["q"], kwargs["k"]
+    asked = [name for name in ("bias", "mask", "key_lengths", "cu_q", "kv_index") if kwargs[name] is not None]
+    asked += ["grouped heads"] if q.shape[2] != k.shape[2] else []
+    if kwargs["causal"] != "none":
+        asked.append("causal" if q.shape[1] == k.shape[1] else f"causal {kwargs['causal']}")
+    if missing := [name for name in asked if name not in can]:
+        raise Skip(f"has no {', '.join(missing)}")
 
 
 def sdpa(backend: str, op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
-    """One backend of torch's attention, pinned."""
-    _attention(kwargs)
+    """One backend of torch's attention, pinned. It returns o, as the peers below do."""
+    _attention(op, kwargs, "mask" if kwargs.get("bias") is None else "bias", "causal", "causal top-left", "grouped heads")
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    pinned, causal = getattr(SDPBackend, backend), bool(kwargs.get("is_causal", False))
+    pinned, causal = getattr(SDPBackend, backend), kwargs["causal"] != "none"
+    more = {"is_causal": causal, "scale": kwargs["scale"], "enable_gqa": kwargs["q"].shape[2] != kwargs["k"].shape[2]}
 
     def bind(given: dict[str, Any]) -> Call:
-        q, k, v = _attention(given)
+        q, k, v = (given[name].transpose(1, 2) for name in "qkv")
+        mask = given["mask"] if given["bias"] is None else given["bias"]
+        mask = None if mask is None else mask[(None,) * (4 - mask.ndim)]  # flash attention takes no mask of 3 dimensions
 
         def call() -> Tensor:
             with sdpa_kernel(pinned):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+                return F.scaled_dot_product_attention(q, k, v, mask, **more).transpose(1, 2)
 
         return call
 
@@ -181,24 +189,27 @@ def sdpa(backend: str, op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
 
 
 def flash_attn(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
-    _attention(kwargs)
+    _attention(op, kwargs, "causal", "causal bottom-right", "grouped heads")
     _on_gpu(kwargs)
-    attend, causal = _library("flash_attn").flash_attn_func, bool(kwargs.get("is_causal", False))
-    return lambda given: lambda: attend(given["q"], given["k"], given["v"], causal=causal)
+    attend, more = (
+        _library("flash_attn").flash_attn_func,
+        {"softmax_scale": kwargs["scale"], "causal": kwargs["causal"] != "none"},
+    )
+    return lambda given: lambda: attend(given["q"], given["k"], given["v"], **more)
 
 
 def sageattention(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
-    _attention(kwargs)
+    _attention(op, kwargs, "causal")
     _on_gpu(kwargs)
-    attend, causal = _library("sageattention").sageattn, bool(kwargs.get("is_causal", False))
-    return lambda given: lambda: attend(given["q"], given["k"], given["v"], tensor_layout="NHD", is_causal=causal)
+    attend, more = _library("sageattention").sageattn, {"sm_scale": kwargs["scale"], "is_causal": kwargs["causal"] != "none"}
+    return lambda given: lambda: attend(given["q"], given["k"], given["v"], tensor_layout="NHD", **more)
 
 
 def xformers(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
-    _attention(kwargs)
+    _attention(op, kwargs)
     _on_gpu(kwargs)
-    attend = _library("xformers.ops").memory_efficient_attention
-    return lambda given: lambda: attend(given["q"], given["k"], given["v"])
+    attend, scale = _library("xformers.ops").memory_efficient_attention, kwargs["scale"]
+    return lambda given: lambda: attend(given["q"], given["k"], given["v"], scale=scale)
 
 
 def torchao(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:

@@ -225,8 +225,12 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _worst(got: list[Tensor], exact: list[Tensor]) -> float | None:
-    """The largest error, relative to the largest result; None where a peer's answer is cut in other pieces."""
-    if [g.shape for g in got] != [e.shape for e in exact]:
+    """The largest error, relative to the largest result, of what a peer answers: the first results, if not all.
+
+    None where its answer is cut in other pieces.
+    """
+    exact = exact[: len(got)]
+    if not got or [g.shape for g in got] != [e.shape for e in exact]:
         return None
     return max(((g.double() - e).abs().max() / e.abs().max()).item() for g, e in zip(got, exact, strict=True))
 

@@ -239,7 +239,7 @@ class DiMR(nn.Module):
             max_height, max_width: of its features, H / (image_input_ratio · input_feature_ratio).
             image_input_ratio: area downsampling of the sample (1). input_feature_ratio: stride of the patches (1).
             final_kernel_size: of the output convolution (3). dropout_prob: in training (0).
-            num_attention_heads: of a transformer, a divisor of dim. kernel_size: of a ConvNeXt, odd (7).
+            num_attention_heads: of a transformer, a divisor of dim, of at most 256 each. kernel_size: of a ConvNeXt, odd (7).
         channels: C of x.
         num_classes: rows of the class table, the last of which is the null class: 1001 for ImageNet.
         norm_type: the blocks' norm, "TDRMSN" (TD-RMSNorm, the released models) or "LN" (TD-LN).

@@ -77,7 +77,7 @@ class DiT(nn.Module):
         input_size: height and width of x, a multiple of `patch_size`.
         patch_size: the side of a patch, p.
         in_channels: C of x (4 for Stable Diffusion's latents).
-        hidden_size: D, a multiple of 4 and of `num_heads`.
+        hidden_size: D, a multiple of 4 and of `num_heads`, at most 256 a head.
         depth, num_heads, mlp_ratio: of the transformer.
         class_dropout_prob: label dropout in training, 0 to 1. Above 0 there is a null class, number `num_classes`.
         num_classes: labels are 0 to num_classes - 1.

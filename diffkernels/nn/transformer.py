@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
+
 
 def attend(qkv: Tensor, num_heads: int) -> Tensor:
-    """Self-attention of packed projections: [B, N, 3 D], packed as [3, heads, d_head], -> [B, N, D]. Scale d_head^-1/2."""
+    """Self-attention of packed projections: [B, N, 3 D], packed as [3, heads, d], d ≤ 256, -> [B, N, D]. Scale d^-1/2."""
     b, n, d = qkv.shape
-    q, k, v = qkv.view(b, n, 3, num_heads, d // (3 * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d // 3)
+    q, k, v = qkv.view(b, n, 3, num_heads, d // (3 * num_heads)).unbind(2)  # views: the op reads strides
+    o: Tensor = ops.attention(q, k, v)  # type: ignore[assignment]
+    return o.view(b, n, d // 3)
 
 
 class Attention(nn.Module):
