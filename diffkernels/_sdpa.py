@@ -117,7 +117,7 @@ ON_CUDA = _kernels("_scaled_dot_product_flash_attention", _forward_cuda, _backwa
 _active: dict[str, Registration] = {}  # on the CPU; torch.nn.attention holds CUDA's
 
 
-def enable_sdpa(device: str | None = None) -> None:
+def enable_sdpa(device: str = "cpu") -> None:
     """From here on, `torch.nn.functional.scaled_dot_product_attention` runs our kernels, in the whole process.
 
     They take the place of torch's flash attention, in eager mode and in graphs that torch.compile makes or has made, with its
@@ -126,21 +126,22 @@ def enable_sdpa(device: str | None = None) -> None:
     What our kernels don't do (float64, D above 256) goes to torch's own kernel. Importing diffkernels never does this.
 
     Args:
-        device: "cpu" or "cuda"; None is all that this machine has. On CUDA the kernels become the implementation
-            "diffkernels" of torch.nn.attention, in place of the active one; where torch prefers cuDNN, it has to be told:
-            `with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True)`. They have not run on a GPU
-            in this way yet.
+        device: "cpu", or "cuda", where the kernels become the implementation "diffkernels" of torch.nn.attention, in place of
+            the active one, and where torch prefers cuDNN, it has to be told:
+            `with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True)`. That has not run on a GPU
+            yet, and is the definition until there is a CUDA kernel.
 
     Raises:
         ValueError: another device. RuntimeError: this torch can't register a kernel there.
     """
-    if device not in (None, "cpu", "cuda"):
+    if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
     if not hasattr(torch.library, "get_kernel"):
         raise RuntimeError(f"torch {torch.__version__} has no torch.library.get_kernel, so its own kernel could not be reached")
-    if device != "cuda" and "cpu" not in _active:
-        _active["cpu"] = Registration("CPU", ON_CPU)
-    if device == "cuda" or (device is None and torch.cuda.is_available()):
+    if device == "cpu":
+        if "cpu" not in _active:
+            _active["cpu"] = Registration("CPU", ON_CPU)
+    else:
         from torch.nn import attention
 
         if not hasattr(attention, "activate_flash_attention_impl"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +177,15 @@ def test_compiles_whole() -> None:
     close(got, expected)
     for a, b in zip(torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True):
         close(a, b)
+
+
+def test_what_the_docs_show_runs() -> None:
+    text = (Path(__file__).parents[1] / "docs/attention.md").read_text()
+    try:
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(code, "docs/attention.md", "exec"), {})
+    finally:
+        dk.disable_sdpa()
 
 
 # Under torch's own name

@@ -2,8 +2,8 @@
 
 torch's own engine, `torch.distributed.tensor.experimental.context_parallel`, handles aten's flash, efficient and cuDNN
 attention, the ops of GPUs. On CPU tensors `F.scaled_dot_product_attention` runs another op,
-`_scaled_dot_product_flash_attention_for_cpu`, for which torch 2.13 has no sharding strategy: it raises NotImplementedError, with
-or without `diffkernels.enable_sdpa`. So flash attention is called by aten's name here, with our kernels for CUDA registered for
+`_scaled_dot_product_flash_attention_for_cpu`, for which torch 2.13 has no sharding strategy: NotImplementedError, with or
+without `diffkernels.enable_sdpa`. So flash attention is called by aten's name here, with our kernels for CUDA registered for
 CPU tensors: what the engine meets on a GPU after `enable_sdpa("cuda")`, in its ring, its merging and its load balancing.
 """
 
