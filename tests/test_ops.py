@@ -174,7 +174,8 @@ def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
         lost = e.numel() and not (r.double() - e).abs().max() <= 0.1 * e.abs().nan_to_num(0, 0).max()
         if layout == "large-mean" and lost:
             continue  # all cancelled: the definition itself has no digit left to compare with
-        oracle.compare(g, e, r, c=op.c, own=own, rms=layout not in ("zeros", "large-mean") and not truncates)
+        enough = op.c == 1 or e.numel() >= 64  # of few sums the definition's own error may be small by luck
+        oracle.compare(g, e, r, c=op.c, own=own, rms=layout not in ("zeros", "large-mean") and not truncates and enough)
     RAN.add((op.name, device, rung))
 
 

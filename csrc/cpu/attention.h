@@ -96,9 +96,8 @@ DK_INLINE F exp2(F x) {
 #if defined(__AVX512F__)
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, x);
 #else
-    const F whole = choose(x >= -126.0f, n, F{});
-    const F y = p * bit_cast<F>((__builtin_convertvector(whole, I) + 127) << 23);
-    return choose(x < -126.0f, F{}, y);
+    const I whole = __builtin_convertvector(choose(x >= -126.0f, n, F{}), I);
+    return choose(x < -126.0f, F{}, bit_cast<F>(bit_cast<I>(p) + (whole << 23)));
 #endif
 }
 

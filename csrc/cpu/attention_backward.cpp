@@ -100,6 +100,16 @@ DK_INLINE void add_bias(const Lay& to, int64_t sample, int64_t head, int64_t que
     if (!to.at[3]) *at += sum(total);
 }
 
+// A row of scores becomes P, and one of dO VT becomes dS.
+__attribute__((noinline)) void gradients(float* p, float* ds, int64_t width, float scale, float base, float delta) {
+    for (int64_t j = 0; j < width; j += kLanes) {
+        const F x = load(p + j),
+                e = choose(x == splat(-__builtin_inff()), F{}, exp2(kLog2e * fma(x, splat(scale), splat(-base))));
+        store(p + j, e);
+        store(ds + j, e * (load(ds + j) - delta));
+    }
+}
+
 // One sample's part of the gradients of a head.
 template <class T>
 void add(const Call& c, int64_t sample, const Sequence& s, int64_t kv_head, const Room& room) {
@@ -139,12 +149,7 @@ void add(const Call& c, int64_t sample, const Sequence& s, int64_t kv_head, cons
                 const int64_t row = r0 + r, head = kv_head * a.group() + row / s.queries;
                 if (masks) masks.apply(sample, head, row % s.queries, first, width, here, a.scale, 1, p, room.line);
                 hide(p, seen[r], width);
-                const F scale = splat(masks ? 1 : a.scale), less = splat(-room.base[row]), delta = splat(room.delta[row]);
-                for (int64_t j = 0; j < width; j += kLanes) {
-                    const F x = load(p + j), e = choose(x == splat(-__builtin_inff()), F{}, exp2(kLog2e * fma(x, scale, less)));
-                    store(p + j, e);
-                    store(ds + j, e * (load(ds + j) - delta));
-                }
+                gradients(p, ds, width, masks ? 1 : a.scale, room.base[row], room.delta[row]);
                 if (c.d_bias.data) add_bias(c.d_bias, sample, head, row % s.queries, first, here, ds);
             }
             if (c.dv)

@@ -44,12 +44,12 @@ struct Share {
 
 // One slot's memory.
 struct Room {
-    float *k, *v, *scores, *q, *line, *o, *top, *total;
+    float *k, *v, *scores, *q, *line, *o, *top, *total, *block;
 
     static int64_t slack(int64_t rows) { return round_up(rows, kLanes) + kRows + kLanes; }  // a block is of whole vectors
     static int64_t floats(const Attention& a, int64_t rows) {
-        return kKeys * (a.d + round_up(a.dv, kLanes)) + kRows * kLine + kLine + 2 * round_up(slack(rows), kLanes) +
-               rows * (kLine + round_up(a.dv, kLanes));
+        return kKeys * (a.d + round_up(a.dv, kLanes)) + kRows * kLine + kLine + 4 * round_up(kRows, kLanes) +
+               2 * round_up(slack(rows), kLanes) + rows * (kLine + round_up(a.dv, kLanes));
     }
     Room(float* p, const Call& c, int64_t rows) {
         const auto take = [&](int64_t n) {
@@ -58,33 +58,58 @@ struct Room {
             return here;
         };
         k = take(kKeys * c.a.d), v = take(kKeys * c.wide), scores = take(kRows * kLine), q = take(rows * kLine);
-        line = take(kLine), o = take(rows * c.wide), top = take(round_up(slack(rows), kLanes));
+        line = take(kLine), block = take(4 * round_up(kRows, kLanes)), o = take(rows * c.wide),
+        top = take(round_up(slack(rows), kLanes));
         total = take(round_up(slack(rows), kLanes));
     }
 };
+
+constexpr int kChains = kLanes == 16 ? 4 : 1;  // one chain waits for each of its own results; more want registers
+constexpr int kSlots = (kRows + kLanes - 1) / kLanes * kLanes;
+
+__attribute__((noinline)) float largest_of(const float* s, int64_t width) {
+    F most[kChains];
+    for (F& m : most) m = splat(-__builtin_inff());
+    int64_t j = 0;
+    for (; j + kChains * kLanes <= width; j += kChains * kLanes)
+#pragma GCC unroll 4
+        for (int i = 0; i < kChains; ++i) most[i] = larger(load(s + j + i * kLanes), most[i]);
+    for (; j < width; j += kLanes) most[0] = larger(load(s + j), most[0]);
+#pragma GCC unroll 4
+    for (int i = 1; i < kChains; ++i) most[0] = larger(most[0], most[i]);
+    return largest(most[0]);
+}
+
+// s = exp2(s factor - base), and their sum.
+__attribute__((noinline)) float exponentials_of(float* s, int64_t width, float factor, float base) {
+    const F scale = splat(factor), less = splat(-base);
+    const auto exponential = [&](int64_t at) __attribute__((always_inline)) {
+        const F p = exp2(fma(load(s + at), scale, less));
+        store(s + at, p);
+        return p;
+    };
+    F sums[kChains] = {};
+    int64_t j = 0;
+    for (; j + kChains * kLanes <= width; j += kChains * kLanes)
+#pragma GCC unroll 4
+        for (int i = 0; i < kChains; ++i) sums[i] += exponential(j + i * kLanes);
+    for (; j < width; j += kLanes) sums[0] += exponential(j);
+#pragma GCC unroll 4
+    for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
+    return sum(sums[0]);
+}
 
 // A block's scores become their exponentials, `width` of them in a row. What is gathered so far is rescaled: top (in units of
 // log2), total and o, by row. Every row's largest score comes first, then every row's exponentials: within one row each step
 // would wait for the one before.
 // A rounding of s factor - top is a factor of all of a row; where scores are so large that it could take the row out of range,
 // they are scaled first, and the largest one's difference is exactly 0.
-DK_INLINE void exponentials(float* scores, int64_t rows, int64_t width, float factor, float* top, float* total, float* o,
-                            int64_t wide) {
-    constexpr int kSlots = (kRows + kLanes - 1) / kLanes * kLanes;
+void exponentials(float* scores, int64_t rows, int64_t width, float factor, float* top, float* total, float* o, int64_t wide,
+                  float* rows_of_4) {
+    float *const highest = rows_of_4, *const kept = highest + kSlots, *const base = kept + kSlots, *const sums = base + kSlots;
     const float inf = __builtin_inff();
-    float highest[kSlots], kept[kSlots], base[kSlots], sums[kSlots] = {};
-    for (float& h : highest) h = -inf;  // the slots beyond are the next block's: nothing is new there
-    for (int64_t r = 0; r < rows; ++r) {
-        const float* const s = scores + r * kLine;
-        F most[4];
-        for (F& m : most) m = splat(-inf);
-        int64_t j = 0;
-        for (; j + 4 * kLanes <= width; j += 4 * kLanes)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) most[i] = larger(load(s + j + i * kLanes), most[i]);
-        for (; j < width; j += kLanes) most[0] = larger(load(s + j), most[0]);
-        highest[r] = largest(larger(larger(most[0], most[1]), larger(most[2], most[3])));
-    }
+    for (int r = 0; r < kSlots; ++r) highest[r] = -inf, sums[r] = 0;  // beyond are the next block's rows: nothing new there
+    for (int64_t r = 0; r < rows; ++r) highest[r] = largest_of(scores + r * kLine, width);
     I far{}, moved{};
     for (int i = 0; i < kSlots; i += kLanes) {
         const F h = load(highest + i) * factor, before = load(top + i), next = larger(h, before);
@@ -97,23 +122,7 @@ DK_INLINE void exponentials(float* scores, int64_t rows, int64_t width, float fa
             for (int64_t j = 0; j < width; j += kLanes) store(scores + r * kLine + j, factor * load(scores + r * kLine + j));
         factor = 1;
     }
-    const F scale = splat(factor);
-    for (int64_t r = 0; r < rows; ++r) {
-        float* const s = scores + r * kLine;
-        const F less = splat(-base[r]);
-        const auto exponential = [&](int64_t at) __attribute__((always_inline)) {
-            const F p = exp2(fma(load(s + at), scale, less));
-            store(s + at, p);
-            return p;
-        };
-        F sum4[4] = {};
-        int64_t j = 0;
-        for (; j + 4 * kLanes <= width; j += 4 * kLanes)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) sum4[i] += exponential(j + i * kLanes);
-        for (; j < width; j += kLanes) sum4[0] += exponential(j);
-        sums[r] = sum((sum4[0] + sum4[1]) + (sum4[2] + sum4[3]));
-    }
+    for (int64_t r = 0; r < rows; ++r) sums[r] = exponentials_of(scores + r * kLine, width, factor, base[r]);
     for (int i = 0; i < kSlots; i += kLanes) store(total + i, fma(load(total + i), load(kept + i), load(sums + i)));
     if (any(moved))
         for (int64_t r = 0; r < rows; ++r)
@@ -215,7 +224,7 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
                 hide(scores, seen[r], width);
             }
             exponentials(room.scores, rows, width, plain ? factor : 1, room.top + r0, room.total + r0, room.o + r0 * c.wide,
-                         c.wide);
+                         c.wide, room.block);
             for (int64_t j = 0; j < here; j += kPanel)
                 product<false, true>(room.scores + j, rows, room.v + j * c.wide, c.wide, room.o + r0 * c.wide, c.wide,
                                      c.wide / kLanes, here - j < kPanel ? here - j : kPanel);
