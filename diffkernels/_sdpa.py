@@ -129,7 +129,7 @@ def enable_sdpa(device: str = "cpu") -> None:
         device: "cpu", or "cuda", where the kernels become the implementation "diffkernels" of torch.nn.attention, in place of
             the active one, and where torch prefers cuDNN, it has to be told:
             `with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True)`. That has not run on a GPU
-            yet, and is the definition until there is a CUDA kernel.
+            yet.
 
     Raises:
         ValueError: another device. RuntimeError: this torch can't register a kernel there.

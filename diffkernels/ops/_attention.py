@@ -242,6 +242,7 @@ MODELS = [
     ("lfdm-temporal", (1024, 8, 40, 40, 32), "LFDM's temporal attention"),
     ("pcdm-prior", (8, 32, 6, 6, 64), "PCDMs' prior"),
 ]
+TRAINED = ("dit-xl-256", "dit-l-512")  # timed with their gradients too
 
 
 def fuzz(draw, pick):  # type: ignore[no-untyped-def]

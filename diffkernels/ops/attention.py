@@ -38,7 +38,10 @@ def _flops(b, h, sq, sk, d):  # type: ignore[no-untyped-def]
     c=2.0,
     cases=[
         *_attention.CASES,
-        *(Case(name, _attention.dense, shape, model, _eager, _flops) for name, shape, model in _attention.MODELS),
+        *(
+            Case(name, _attention.dense, shape, model, _eager, _flops, backward=name in _attention.TRAINED)
+            for name, shape, model in _attention.MODELS
+        ),
     ],
 )
 def attention_forward(
