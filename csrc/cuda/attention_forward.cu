@@ -449,7 +449,8 @@ Refusal attention_forward(Stream stream, Views out, View q, View k, View v, Opti
     if (Refusal why = parse(a, q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)) return why;
     const int64_t o_shape[] = {q.shape[0], q.shape[1], q.shape[2], v.shape[3]},
                   lse_shape[] = {q.shape[0], q.shape[2], q.shape[1]};
-    if (out.count != 2 || !is_result(out[0], o_shape, q.dtype) || !is_result(out[1], lse_shape, DType::f32))
+    if (out.count != 2 || !has(out[0], o_shape, q.dtype) || !has(out[1], lse_shape, DType::f32) || !out[0].contiguous() ||
+        !out[1].contiguous())
         return "out: not o and lse";
     if (a.d != a.dv) return "v: not as many columns as k";
     if (a.q_tokens > 1 << 30 || a.k_tokens > 1 << 30) return "q, k: more than 2^30 tokens";
