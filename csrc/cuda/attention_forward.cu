@@ -3,17 +3,18 @@
 // Idea: FlashAttention-2. A warp owns 16 or 32 queries of a head: its scores, its exponentials and its o never leave the
 // registers. The block walks over the keys in tiles; cp.async fetches the next one while tensor cores work on this one. Head
 // dimensions are exact in steps of 8: q's depth ends with an m16n8k8 step where need be. A row's result does not depend on how
-// many warps share a block. Takes: float16 or bfloat16, any strides, head dimensions up to 256, k's and v's alike, every mask;
-// heads of k, v may be shared. Floor: 4 B H Sq Sk D floating point operations. Compile: nvcc -std=c++20 -arch=sm_90
-// -DDK_RUNG=cuda -Icsrc -Xptxas -v -c csrc/cuda/attention_forward.cu
-#include "../attention.h"
+// many warps share a block. Takes: float32, float16 or bfloat16, any strides, head dimensions up to 256, every mask; heads of
+// k, v may be shared. float32, and v's of not as many columns as k's, are attention_plain.cuh's. Floor: 4 B H Sq Sk D floating
+// point operations. Compile: nvcc -std=c++20 -arch=sm_90 -DDK_RUNG=cuda -Icsrc -Xptxas -v -c csrc/cuda/attention_forward.cu
 #include "../dispatch.h"
+#include "attention.cuh"
+#include "attention_plain.cuh"
 #include "mma.cuh"
 
 namespace dk {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 constexpr int kMostWarps = 4, kLeastWarps = 2;
 
 // What is built. A head dimension that is not here runs in the next larger one, whose other columns are zeros.
@@ -31,29 +32,6 @@ struct Shape {
     static constexpr int pitch = (kD / 8 | 1) * 8;
     static constexpr int tile = keys * pitch;
     static constexpr int bytes(int warps) { return (warps * rows * pitch + 4 * tile) * 2; }  // q, then two of k and v
-};
-
-struct Call {
-    Attention a;
-    void* o;           // [B, Sq, H, D]
-    float* lse;        // [B, H, Sq]
-    int32_t tiles;     // of queries, in a sample, or in all sequences
-    int32_t piece[3];  // bytes that one copy moves of q, k, v: 16, 8, or 2 where elements are all that can be had
-    int32_t out;       // elements that one store moves
-};
-
-// Rows of one head.
-template <class T>
-struct Lines {
-    const T* data;
-    int64_t row, column;  // strides
-    int piece;
-
-    __device__ __forceinline__ Lines(const Lay& l, int piece, int64_t sample, int64_t first, int64_t head)
-        : data(static_cast<const T*>(l.data) + sample * l.at[0] + first * l.at[1] + head * l.at[2]),
-          row(l.at[1]),
-          column(l.at[3]),
-          piece(piece) {}
 };
 
 // threadIdx.x, asked anew: what follows from it is computed where it is used, not kept in registers all along.
@@ -98,49 +76,6 @@ __device__ __forceinline__ void fetch(T* to, const Lines<T>& from, int first, in
             to[row * Shape<kD>::pitch + column] = inside ? data[row * from.row + column * from.column] : T{};
         }
     }
-}
-
-// What hides keys beside their number, at one query: bias and mask, and how their keys lie.
-struct Hiding {
-    const void* bias;
-    const bool* mask;
-    int64_t bias_step, mask_step;
-    DType dtype;
-
-    __device__ __forceinline__ Hiding(const Attention& a, int64_t sample, int64_t head, int64_t query)
-        : bias(nullptr), mask(nullptr), bias_step(a.bias.at[3]), mask_step(a.mask.at[3]), dtype(a.bias.dtype) {
-        if (dtype != DType::other)
-            bias = static_cast<const char*>(a.bias.data) +
-                   (sample * a.bias.at[0] + head * a.bias.at[1] + query * a.bias.at[2]) * (dtype == DType::f32 ? 4 : 2);
-        if (a.mask.data)
-            mask = static_cast<const bool*>(a.mask.data) + sample * a.mask.at[0] + head * a.mask.at[1] + query * a.mask.at[2];
-    }
-    // A score, in units of log2, where the query sees the key; else -inf, whatever the score is.
-    __device__ __forceinline__ float apply(float score, int key) const {
-        if (mask && !mask[key * mask_step]) return -INFINITY;
-        if (!bias) return score;
-        const int64_t i = key * bias_step;
-        float more;
-        if (dtype == DType::f32)
-            more = static_cast<const float*>(bias)[i];
-        else if (dtype == DType::f16)
-            more = widen(static_cast<const __half*>(bias)[i]);
-        else
-            more = widen(static_cast<const __nv_bfloat16*>(bias)[i]);
-        return more == -INFINITY ? more : score + more * kLog2e;
-    }
-};
-
-// Which sequence a tile of a packed call belongs to, and its first query. Sequence i's tiles begin at cu_q[i] / rows + i: that
-// leaves room for all of them, and the order is that of the sequences.
-__device__ __forceinline__ int find(const Attention& a, int& tile, int rows) {
-    int low = 0, high = static_cast<int>(a.samples);  // the last one that begins at `tile` or before
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        (a.cu_q[middle] / rows + middle <= tile ? low : high) = middle;
-    }
-    tile -= a.cu_q[low] / rows + low;
-    return low;
 }
 
 template <class T, int kD, bool kHiding>
@@ -285,7 +220,7 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
                             if (n * 8 + e >= end)
                                 x = -INFINITY;
                             else if constexpr (kHiding)
-                                x = hiding.apply(x, key + n * 8 + e);
+                                x = hiding.apply(x, key + n * 8 + e, kLog2e);
                         }
                 }
         }
@@ -400,24 +335,6 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
         give(IntTag<1>{});
 }
 
-// The most bytes that divide where every row begins: 16, 8, or an element's.
-int32_t piece_of(const Lay& l, const View& t) {
-    for (int32_t bytes = 16; bytes >= 8; bytes /= 2) {
-        const int64_t each = bytes / 2;
-        if (reinterpret_cast<uintptr_t>(l.data) % bytes == 0 && l.at[3] == 1 && t.shape[3] % each == 0 && l.at[0] % each == 0 &&
-            l.at[1] % each == 0 && l.at[2] % each == 0)
-            return bytes;
-    }
-    return 2;
-}
-
-template <int... kDs>
-int built(Values<kDs...>, int64_t d) {
-    int found = 0;
-    ((found = found == 0 && d <= kDs ? kDs : found), ...);
-    return found;
-}
-
 template <class T, int kD, bool kHiding>
 void launch(Call& c, Stream stream) {
     using S = Shape<kD>;
@@ -452,15 +369,16 @@ Refusal attention_forward(Stream stream, Views out, View q, View k, View v, Opti
     if (out.count != 2 || !has(out[0], o_shape, q.dtype) || !has(out[1], lse_shape, DType::f32) || !out[0].contiguous() ||
         !out[1].contiguous())
         return "out: not o and lse";
-    if (a.d != a.dv) return "v: not as many columns as k";
     if (a.q_tokens > 1 << 30 || a.k_tokens > 1 << 30) return "q, k: more than 2^30 tokens";
     if (a.samples == 0 || a.heads == 0 || a.q_tokens == 0) return nullptr;
     // The smallest block of queries is 32 long, and the grid's limit 2^31 - 1.
     if ((a.q_tokens / 32 + 1 + a.samples) * a.heads > 0x7fffffff / (cu_q ? 1 : a.samples)) return "q: too many tiles";
     c.o = out[0].data, c.lse = static_cast<float*>(out[1].data);
-    c.piece[0] = piece_of(a.q, q), c.piece[1] = piece_of(a.k, k), c.piece[2] = piece_of(a.v, v);
+    const int32_t element = static_cast<int32_t>(size_of(q.dtype));
+    c.piece[0] = piece_of(a.q, q, element), c.piece[1] = piece_of(a.k, k, element), c.piece[2] = piece_of(a.v, v, element);
     const auto place = reinterpret_cast<uintptr_t>(c.o);
-    c.out = a.d % 8 == 0 && place % 16 == 0 ? 8 : a.d % 4 == 0 && place % 8 == 0 ? 4 : 1;
+    c.out = a.dv % 8 == 0 && place % 16 == 0 ? 8 : a.dv % 4 == 0 && place % (4 * element) == 0 ? 4 : 1;
+    if (q.dtype == DType::f32 || a.d != a.dv) return attention_plain(c, q.dtype, stream);
     return for_dtype(DTypes<DType::f16, DType::bf16>{}, q.dtype, "q: not float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_value(Heads{}, built(Heads{}, a.d), "q: head dimension", [&](auto head) {
