@@ -25,7 +25,6 @@ def kernels(every: bool = False) -> list:
         for rung in LADDER["cuda"][:-1]
         if missing(rung, name, "cuda") is None
         for case in (op.cases if every else op.cases[:1])
-        if rung not in case.left
     ]
 
 

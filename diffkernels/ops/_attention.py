@@ -197,7 +197,7 @@ CASES = [
     Case("one-query", lambda d: dense(d, 2, 2, 1, 130, 64)),
     Case("one-key", lambda d: dense(d, 2, 2, 7, 1, 32)),
     Case("one-column", lambda d: dense(d, 1, 2, 5, 6, 1)),
-    Case("narrow-values", lambda d: dense(d, 1, 2, 12, 19, 80, dv=33), left=("cuda",)),
+    Case("narrow-values", lambda d: dense(d, 1, 2, 12, 19, 80, dv=33)),
     Case("wide", lambda d: dense(d, 1, 1, 26, 65, 256)),
     Case("odd", lambda d: dense(d, 1, 2, 25, 49, 111)),
     Case("causal", lambda d: dense(d, 1, 2, 50, 50, 32, causal="bottom-right")),
