@@ -575,13 +575,16 @@ class Tiny(Draw):
 
 @every_op
 def test_the_largest_half_overflows_where_the_definition_does(op) -> None:
+    first = 65520.0  # what rounds to inf
     for case in cases(op):
         args = args_of(op, case, Largest(torch.float16))
         exact, reference = oracle.exact(op, args), leaves(op.reference(*args))
         for rung in rungs(op):
             for got, e, r in zip(on(rung, op, args), exact, reference, strict=True):
                 ends = [t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for t in (got, e.to(r.dtype), r)]
-                assert ((ends[0] == ends[1]) | (ends[0] == ends[2])).all(), (case.name, rung)
+                g, e, r = (t.double().nan_to_num(0, first, -first).clamp(-first, first) for t in (got, e, r))
+                near = (ends[0] != 1) & ((g - e).abs() <= op.c * (r - e).abs().max()) if op.c > 1 and e.numel() else False
+                assert ((ends[0] == ends[1]) | (ends[0] == ends[2]) | near).all(), (case.name, rung)
 
 
 @pytest.mark.parametrize("dtype", HALF)

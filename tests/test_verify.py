@@ -82,7 +82,7 @@ def test_the_command(capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--op", "gelu"], "--op: expected one of depthwise_conv2d"),
+        (["--op", "gelu"], "--op: expected one of attention_backward"),
         (["--rung", "fast"], "--rung: expected one of sm90"),
         (["--rung", "avx512_bf16"], "nothing to run on 'avx512_bf16' here: "),
         (["--cases", "0"], "--cases, --seed: expected 1 or more"),
