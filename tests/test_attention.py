@@ -331,7 +331,8 @@ diffkernels.disable_sdpa()
 assert dump() == before
 assert torch.equal(F.scaled_dot_product_attention(q, q, q), expected)
 """
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True, timeout=120)
+    argv = [sys.executable, "-P", "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
