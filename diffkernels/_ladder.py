@@ -199,7 +199,7 @@ def explain(call: Any, *args: Any, **kwargs: Any) -> str:
         why = missing(name, op.name, device)
         run = None if name == "reference" or why else kernel(name, op.name)
         if run is not None:
-            why = run(op.allocate(*values), *values)
+            why = run(op.allocate(*values), *op.apart(values))
         mark, taken = ("->", True) if why is None and not taken else ("  ", taken)
         lines.append(f"{mark} {name:<12} {why or ('runs' if mark == '->' else 'would run')}")
     return "\n".join(lines)

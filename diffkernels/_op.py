@@ -24,10 +24,12 @@ _KINDS = {
     "list[Tensor]": "Tensor[]",
     "int": "int",
     "float": "float",
+    "float | None": "float?",
     "str": "str",
     "bool": "bool",
 }
-_PYTHON = {"int": (int, torch.SymInt), "float": (float, int, torch.SymFloat), "str": (str,), "bool": (bool,)}
+_REAL = (float, int, torch.SymFloat)
+_PYTHON = {"int": (int, torch.SymInt), "float": _REAL, "float?": (*_REAL, type(None)), "str": (str,), "bool": (bool,)}
 _DEVICES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
 _CODES = {torch.bfloat16: (4, 16), torch.int32: (0, 32), torch.int64: (0, 64), torch.bool: (6, 8)}
 _NOTHING = dict.fromkeys(_DEVICES)
@@ -51,7 +53,14 @@ class Op:
     """A declared op: see the module's text. `call` is the function that users see."""
 
     def __init__(
-        self, body: Callable, allocate: Callable, check: Callable, fuzz: Callable, cases: Sequence[Case], c: float
+        self,
+        body: Callable,
+        allocate: Callable,
+        check: Callable,
+        fuzz: Callable,
+        cases: Sequence[Case],
+        c: float,
+        writes: Sequence[str],
     ) -> None:
         self.name = body.__name__
         self.body = body
@@ -64,6 +73,7 @@ class Op:
         parameters = self.signature.parameters.values()
         self.params = tuple((p.name, _KINDS[str(p.annotation)]) for p in parameters)
         self.names = tuple(self.signature.parameters)
+        self.writes = tuple(self.names.index(name) for name in writes)
         self.optional = {p.name: p.default for p in parameters if p.default is not p.empty}
         defaults = tuple(self.optional.values())
         self.tails = {len(self.names) - n: defaults[len(defaults) - n :] for n in range(len(defaults) + 1)}
@@ -72,12 +82,16 @@ class Op:
         self.backward = self.gradient.declare
 
         # PyTorch drops arguments that equal their default on the way to a Python kernel: the schema has none.
-        schema = ", ".join(f"{kind} {name}" for name, kind in self.params)
+        marks = {name: f"(a{i}!)" for i, name in enumerate(writes)}
+        schema = ", ".join(f"{kind}{marks.get(name, '')} {name}" for name, kind in self.params)
         _library.define(f"{self.name}({schema}) -> {self.returns}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         qualified = f"diffkernels::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=_library)
-        torch.library.register_autograd(qualified, self.gradient.backward, setup_context=self.gradient.save, lib=_library)
+        if writes:
+            _library.impl(self.name, self._without_gradient, "Autograd")
+        else:
+            torch.library.register_autograd(qualified, self.gradient.backward, setup_context=self.gradient.save, lib=_library)
         self._overload = getattr(torch.ops.diffkernels, self.name).default
         self._match_native()
         self.call = self._wrap()
@@ -132,6 +146,30 @@ class Op:
     def _run(self, *args: Any) -> Any:
         return _ladder.climb(self, self.device(args), args)
 
+    def _without_gradient(self, *args: Any) -> Any:
+        """Of an op that writes to its arguments: torch.library takes no formula, and would forget silently."""
+        for name, value in zip(self.names, args, strict=True):
+            if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{name}: {self.name} has no gradient: expected no tensor that requires one, or torch.no_grad()"
+                )
+        with torch._C._AutoDispatchBelowAutograd():
+            out = self._overload(*args)
+        self._wrote(args)
+        return out
+
+    def _wrote(self, args: tuple[Any, ...]) -> None:
+        """Autograd notices where it saved what has been written to since."""
+        torch.autograd.graph.increment_version([args[i] for i in self.writes])
+
+    def apart(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments, those that the op writes to copied (strides and all): a call that leaves no trace."""
+        given = list(args)
+        for i in self.writes:
+            t = args[i]
+            given[i] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+        return tuple(given)
+
     def _fake(self, *args: Any) -> Any:
         self.check(*args)
         return self.allocate(*args)
@@ -151,6 +189,8 @@ class Op:
                     self.check(*args)  # the allocator met what it can't: the check's words say what
                     raise
                 if type(out) is not int:
+                    if self.writes:
+                        self._wrote(args)
                     return out
                 if out:  # plain, but forced or refused
                     return _ladder.climb(self, _DEVICES[out], args)
@@ -186,7 +226,13 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def op(
-    *, allocate: Callable, check: Callable, fuzz: Callable, cases: Sequence[Case], c: float = 1.0
+    *,
+    allocate: Callable,
+    check: Callable,
+    fuzz: Callable,
+    cases: Sequence[Case],
+    c: float = 1.0,
+    writes: Sequence[str] = (),
 ) -> Callable[[Callable], Callable]:
     """Declares an op; the decorated function's body is its definition (wide accumulation and all).
 
@@ -194,8 +240,9 @@ def op(
     `check(*args)` raises on invalid arguments: it runs before the reference, in the fake kernel, and once a kernel refused.
     `fuzz(draw, pick)` returns random keyword arguments that are valid: what `diffkernels verify` calls the op with.
     A kernel's error may be `c` times the body's own in the same dtype.
+    `writes` names the arguments that the op writes to, as its body does; such an op has no gradient.
     """
-    return lambda body: Op(body, allocate, check, fuzz, cases, c).call
+    return lambda body: Op(body, allocate, check, fuzz, cases, c, writes).call
 
 
 def _describe(t: Tensor) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from .attention import attention, attention_forward
 from .attention_backward import attention_backward
+from .decode_attention import decode_attention
 from .depthwise_conv2d import depthwise_conv2d
 from .gate_residual_norm import gate_residual_norm
 from .geglu import geglu
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_forward",
+    "decode_attention",
     "depthwise_conv2d",
     "gate_residual_norm",
     "geglu",
