@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +20,15 @@ def widened(args: Any) -> Any:
     return pytree.tree_map(lambda a: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a, args)
 
 
+def results(op: Op, run: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+    """What `run` returns and, after it, what it has written to: copies of the arguments."""
+    given = op.apart(args)
+    return [*pytree.tree_leaves(run(*given)), *(given[i] for i in op.writes)]
+
+
 def exact(op: Op, args: tuple[Any, ...]) -> list[Tensor]:
-    """The op's outputs in float64."""
-    return pytree.tree_leaves(op.body(*widened(args)))
+    """The op's results in float64."""
+    return results(op, op.body, widened(args))
 
 
 def own_error(exact: list[Tensor], reference: list[Tensor]) -> float:

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from .. import _ladder
 from .._case import Draw
@@ -30,8 +29,8 @@ def check(op: str, rung: str, device: str) -> tuple[int, str | None]:
             args = declared.bind((), case.args(Draw(dtype, device)))
             try:
                 with _ladder.rung(rung), torch.no_grad():
-                    outs = pytree.tree_leaves(declared.call(*args))
-                reference = pytree.tree_leaves(declared.reference(*args))
+                    outs = oracle.results(declared, declared.call, args)
+                reference = oracle.results(declared, declared.reference, args)
                 for got, exact, ref in zip(outs, oracle.exact(declared, args), reference, strict=True):
                     truncates = rung == "triton" and _ladder.interpreting() and dtype is torch.bfloat16
                     oracle.compare(got, exact, ref, c=declared.c, rms=not truncates)
