@@ -142,6 +142,10 @@ Value Frame::convert(Kind kind, PyObject* a) {
             if (!PyLong_Check(a)) throw py::cast_error();
             v.integer = py::handle(a).cast<int64_t>();
             break;
+        case Kind::optional_real:
+            v.real = __builtin_nan("");
+            if (a == Py_None) break;
+            [[fallthrough]];
         case Kind::real:
             if (!PyFloat_Check(a) && !PyLong_Check(a)) throw py::cast_error();
             v.real = py::handle(a).cast<double>();
@@ -320,7 +324,7 @@ py::list cpu_features() {
     return has;
 }
 
-constexpr const char* kKindNames[] = {"Tensor", "Tensor?", "Tensor[]", "int", "float", "str", "bool"};
+constexpr const char* kKindNames[] = {"Tensor", "Tensor?", "Tensor[]", "int", "float", "float?", "str", "bool"};
 
 }  // namespace
 

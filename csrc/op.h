@@ -94,7 +94,12 @@ struct Stream {
 // A reason that starts with '!' is no refusal but an error of the device: the border throws it.
 using Refusal = const char*;
 
-enum class Kind : int8_t { tensor, optional, tensors, integer, real, text, boolean };
+struct OptionalReal {
+    double value;  // NaN: there is none
+    DK_INLINE explicit operator bool() const { return value == value; }
+};
+
+enum class Kind : int8_t { tensor, optional, tensors, integer, real, optional_real, text, boolean };
 
 struct Value {
     union {
@@ -132,6 +137,7 @@ DK_PARAM(Optional, optional, view)
 DK_PARAM(Views, tensors, views)
 DK_PARAM(int64_t, integer, integer)
 DK_PARAM(double, real, real)
+DK_PARAM(OptionalReal, optional_real, real)
 DK_PARAM(Text, text, text)
 DK_PARAM(bool, boolean, boolean)
 #undef DK_PARAM

@@ -64,40 +64,7 @@ struct Room {
     }
 };
 
-constexpr int kChains = kLanes == 16 ? 4 : 1;  // one chain waits for each of its own results; more want registers
 constexpr int kSlots = (kRows + kLanes - 1) / kLanes * kLanes;
-
-__attribute__((noinline)) float largest_of(const float* s, int64_t width) {
-    F most[kChains];
-    for (F& m : most) m = splat(-__builtin_inff());
-    int64_t j = 0;
-    for (; j + kChains * kLanes <= width; j += kChains * kLanes)
-#pragma GCC unroll 4
-        for (int i = 0; i < kChains; ++i) most[i] = larger(load(s + j + i * kLanes), most[i]);
-    for (; j < width; j += kLanes) most[0] = larger(load(s + j), most[0]);
-#pragma GCC unroll 4
-    for (int i = 1; i < kChains; ++i) most[0] = larger(most[0], most[i]);
-    return largest(most[0]);
-}
-
-// s = exp2(s factor - base), and their sum.
-__attribute__((noinline)) float exponentials_of(float* s, int64_t width, float factor, float base) {
-    const F scale = splat(factor), less = splat(-base);
-    const auto exponential = [&](int64_t at) __attribute__((always_inline)) {
-        const F p = exp2(fma(load(s + at), scale, less));
-        store(s + at, p);
-        return p;
-    };
-    F sums[kChains] = {};
-    int64_t j = 0;
-    for (; j + kChains * kLanes <= width; j += kChains * kLanes)
-#pragma GCC unroll 4
-        for (int i = 0; i < kChains; ++i) sums[i] += exponential(j + i * kLanes);
-    for (; j < width; j += kLanes) sums[0] += exponential(j);
-#pragma GCC unroll 4
-    for (int i = 1; i < kChains; ++i) sums[0] += sums[i];
-    return sum(sums[0]);
-}
 
 // A block's scores become their exponentials, `width` of them in a row. What is gathered so far is rescaled: top (in units of
 // log2), total and o, by row. Every row's largest score comes first, then every row's exponentials: within one row each step

@@ -54,6 +54,7 @@ def check(q, k, v, k_cache, v_cache, index, cos, sin, rope, sinks, causal, scale
     for name, t, other in (("cos", cos, sin), ("sin", sin, cos)):
         if t is None and other is not None:
             raise ValueError(f"{name}: expected a tensor beside {'sin' if name == 'cos' else 'cos'}, got None")
+    for name, t, other in (("cos", cos, sin), ("sin", sin, cos)):
         if t is None:
             continue
         if t.dtype not in (torch.float32, torch.float64):  # the second: what the oracle widens to
