@@ -115,6 +115,11 @@ bool is_tensor(PyObject* a) {
     return type == torch->tensor.ptr() || type == torch->parameter.ptr() || py::isinstance(a, torch->tensor);
 }
 
+double real_of(PyObject* a) {
+    if (!PyFloat_Check(a) && !PyLong_Check(a)) throw py::cast_error();
+    return py::handle(a).cast<double>();
+}
+
 Value Frame::convert(Kind kind, PyObject* a) {
     Value v{};
     switch (kind) {
@@ -142,14 +147,8 @@ Value Frame::convert(Kind kind, PyObject* a) {
             if (!PyLong_Check(a)) throw py::cast_error();
             v.integer = py::handle(a).cast<int64_t>();
             break;
-        case Kind::optional_real:
-            v.real = __builtin_nan("");
-            if (a == Py_None) break;
-            [[fallthrough]];
-        case Kind::real:
-            if (!PyFloat_Check(a) && !PyLong_Check(a)) throw py::cast_error();
-            v.real = py::handle(a).cast<double>();
-            break;
+        case Kind::optional_real: v.optional_real = OptionalReal{a == Py_None ? 0 : real_of(a), a != Py_None}; break;
+        case Kind::real: v.real = real_of(a); break;
         case Kind::boolean:
             if (!PyBool_Check(a)) throw py::cast_error();
             v.boolean = a == Py_True;

@@ -95,8 +95,9 @@ struct Stream {
 using Refusal = const char*;
 
 struct OptionalReal {
-    double value;  // NaN: there is none
-    DK_INLINE explicit operator bool() const { return value == value; }
+    double value;
+    bool given;
+    DK_INLINE explicit operator bool() const { return given; }
 };
 
 enum class Kind : int8_t { tensor, optional, tensors, integer, real, optional_real, text, boolean };
@@ -107,6 +108,7 @@ struct Value {
         Views views;
         int64_t integer;
         double real;
+        OptionalReal optional_real;
         Text text;
         bool boolean;
     };
@@ -137,7 +139,7 @@ DK_PARAM(Optional, optional, view)
 DK_PARAM(Views, tensors, views)
 DK_PARAM(int64_t, integer, integer)
 DK_PARAM(double, real, real)
-DK_PARAM(OptionalReal, optional_real, real)
+DK_PARAM(OptionalReal, optional_real, optional_real)
 DK_PARAM(Text, text, text)
 DK_PARAM(bool, boolean, boolean)
 #undef DK_PARAM
