@@ -26,8 +26,41 @@ constexpr int tile_rows(int vectors) {  // as many accumulators as the registers
 
 DK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Where there is an instruction for it, a lane of a product's operands holds a pair of bfloat16, and k counts pairs.
+// DK_EMULATE_DOTS: the same without the instruction, for tests.
+#if defined(__AVX512BF16__) || (defined(__AVX512F__) && defined(DK_EMULATE_DOTS))
+template <class T>
+constexpr bool kPairs = false;
+template <>
+constexpr bool kPairs<bf16> = true;
+DK_INLINE F load_pairs(const void* p, int64_t n) {  // n elements, the rest zero
+    return bit_cast<F>(_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, p));
+}
+#else
+template <class T>
+constexpr bool kPairs = false;
+DK_INLINE F load_pairs(const void*, int64_t) { return F{}; }
+#endif
+#if defined(__AVX512BF16__)
+DK_INLINE F dot(F a, F b, F c) { return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)); }
+DK_INLINE H halves(F v) { return bit_cast<H>(_mm512_cvtneps_pbh(v)); }
+#else
+DK_INLINE F dot(F a, F b, F c) {
+    const U x = bit_cast<U>(a), y = bit_cast<U>(b);
+    return fma(bit_cast<F>(x << 16), bit_cast<F>(y << 16), fma(bit_cast<F>(x & 0xffff0000u), bit_cast<F>(y & 0xffff0000u), c));
+}
+DK_INLINE H halves(F v) { return narrow(v, bf16{}); }
+#endif
+template <class T>
+constexpr int kInLane = kPairs<T> ? 2 : 1;  // elements in a lane
+DK_INLINE F splat_bits(const float* x) {
+    int32_t bits;
+    std::memcpy(&bits, x, sizeof bits);
+    return bit_cast<F>(I{} + bits);
+}
+
 // c[r][...] = (or +=) sum over k of a(r, k) b[k][...]: a(r, k) is a[r kLine + k], or turned a[k kLine + r].
-template <int kTall, int kWide, bool kTurned, bool kAdd>
+template <int kTall, int kWide, bool kTurned, bool kAdd, bool kDot>
 __attribute__((noinline)) void tile(const float* a, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t depth) {
     F sum[kTall][kWide] = {};
 #pragma GCC unroll 1
@@ -37,9 +70,9 @@ __attribute__((noinline)) void tile(const float* a, const float* b, int64_t b_st
         for (int v = 0; v < kWide; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 12
         for (int r = 0; r < kTall; ++r) {
-            const F left = splat(a[kTurned ? r : r * kLine]);
+            const F left = splat_bits(a + (kTurned ? r : r * kLine));
 #pragma GCC unroll 4
-            for (int v = 0; v < kWide; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+            for (int v = 0; v < kWide; ++v) sum[r][v] = kDot ? dot(left, right[v], sum[r][v]) : fma(left, right[v], sum[r][v]);
         }
         a += kTurned ? kLine : 1, b += b_step;
     }
@@ -52,30 +85,30 @@ __attribute__((noinline)) void tile(const float* a, const float* b, int64_t b_st
         }
 }
 
-template <int kWide, bool kTurned, bool kAdd>
+template <int kWide, bool kTurned, bool kAdd, bool kDot>
 void tall(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t depth) {
     constexpr int kTall = tile_rows(kWide);
     constexpr int64_t by = kTurned ? 1 : kLine;
     int64_t r = 0;
     for (; r + kTall <= rows; r += kTall)
-        tile<kTall, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
-    for (; r + 4 <= rows; r += 4) tile<4, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
-    for (; r + 2 <= rows; r += 2) tile<2, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
-    for (; r < rows; ++r) tile<1, kWide, kTurned, kAdd>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+        tile<kTall, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+    for (; r + 4 <= rows; r += 4) tile<4, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+    for (; r + 2 <= rows; r += 2) tile<2, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+    for (; r < rows; ++r) tile<1, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
 }
 
 // `wide` vectors of columns.
-template <bool kTurned, bool kAdd>
+template <bool kTurned, bool kAdd, bool kDot = false>
 void product(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t wide,
              int64_t depth) {
     while (wide > 0) {
         int64_t w = wide < kTileVectors ? wide : kTileVectors;
         if (wide == kTileVectors + 1 || wide == kTileVectors + 2) w = (wide + 1) / 2;  // 5 as 3 and 2
-        if (w == 1) tall<1, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth);
-        if (w == 2) tall<2, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth);
-        if (w == 3) tall<3, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth);
+        if (w == 1) tall<1, kTurned, kAdd, kDot>(a, rows, b, b_step, c, c_step, depth);
+        if (w == 2) tall<2, kTurned, kAdd, kDot>(a, rows, b, b_step, c, c_step, depth);
+        if (w == 3) tall<3, kTurned, kAdd, kDot>(a, rows, b, b_step, c, c_step, depth);
         if constexpr (kTileVectors > 3)
-            if (w == 4) tall<4, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth);
+            if (w == 4) tall<4, kTurned, kAdd, kDot>(a, rows, b, b_step, c, c_step, depth);
         b += w * kLanes, c += w * kLanes, wide -= w;
     }
 }
@@ -116,12 +149,18 @@ constexpr int kChains = kLanes == 16 ? 4 : 1;  // one chain waits for each of it
     return largest(most[0]);
 }
 
-// s = exp2(s factor - base), and their sum.
-[[maybe_unused]] __attribute__((noinline)) float exponentials_of(float* s, int64_t width, float factor, float base) {
+// s = exp2(s factor - base), and their sum. As pairs they take the first half of the memory.
+template <bool kDot>
+__attribute__((noinline)) float exponentials_of(float* s, int64_t width, float factor, float base) {
     const F scale = splat(factor), less = splat(-base);
     const auto exponential = [&](int64_t at) __attribute__((always_inline)) {
         const F p = exp2(fma(load(s + at), scale, less));
-        store(s + at, p);
+        if constexpr (kDot) {
+            const H h = halves(p);
+            std::memcpy(reinterpret_cast<bf16*>(s) + at, &h, sizeof h);
+        } else {
+            store(s + at, p);
+        }
         return p;
     };
     F sums[kChains] = {};
@@ -161,29 +200,64 @@ DK_INLINE void fetch(const T* token, int64_t token_step, int64_t tokens, int64_t
     if (ahead < tokens) prefetch(token + ahead * token_step, elements * sizeof(T));
 }
 
-// Rows of a tensor [B, S, H, D], widened: to[token][column], whole vectors, zero beyond.
-template <class T>
-void pack_rows(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to, int64_t to_step) {
-    for (int64_t t = 0; t < tokens; ++t) {
-        fetch(from + t * token_step, token_step, tokens - t, 16, columns * step);
-        for (int64_t i = 0; i < columns; i += kLanes)
-            store(to + t * to_step + i, some(from + t * token_step + i * step, step, static_cast<int>(columns - i)));
+// The next lanes of a row that has n elements more: widened, or as pairs; zero beyond.
+template <bool kDot, class T>
+DK_INLINE F lanes(const T* p, int64_t step, int64_t n) {
+    if constexpr (kDot) {
+        if (step == 1) return load_pairs(p, n);
+        T pairs[2 * kLanes] = {};
+        for (int64_t i = 0; i < 2 * kLanes && i < n; ++i) pairs[i] = p[i * step];
+        return load_pairs(pairs, 2 * kLanes);
+    } else {
+        return some(p, step, static_cast<int>(n));
     }
 }
 
-// The same turned: panels of kPanel tokens, to[panel][column][token]; whole vectors, the last token where there are no more.
+// Rows of a tensor [B, S, H, D]: to[token][lane of columns], whole vectors.
+template <bool kDot, class T>
+void pack_rows(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to, int64_t to_step) {
+    constexpr int64_t in_lane = kDot ? 2 : 1;
+    for (int64_t t = 0; t < tokens; ++t) {
+        fetch(from + t * token_step, token_step, tokens - t, 16, columns * step);
+        for (int64_t i = 0; i < columns; i += in_lane * kLanes)
+            store(to + t * to_step + i / in_lane, lanes<kDot>(from + t * token_step + i * step, step, columns - i));
+    }
+}
+
+// The same with a pair of tokens in a lane: to[pair of tokens][column].
 template <class T>
+void pack_pairs(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to, int64_t to_step) {
+    for (int64_t t = 0; t < tokens; t += 2) {
+        fetch(from + t * token_step, token_step, tokens - t, 16, columns * step);
+        if (t + 1 < tokens) fetch(from + (t + 1) * token_step, token_step, tokens - t - 1, 16, columns * step);
+        for (int64_t i = 0; i < columns; i += kLanes) {
+            const T* const p = from + t * token_step + i * step;
+            const int n = static_cast<int>(columns - i);
+            const U even = bit_cast<U>(some(p, step, n)),  // a bfloat16 is a float's upper half
+                odd = t + 1 < tokens ? bit_cast<U>(some(p + token_step, step, n)) : U{};
+            store(to + t / 2 * to_step + i, bit_cast<F>((even >> 16) | odd));
+        }
+    }
+}
+
+// Rows turned: panels of kPanel tokens, to[panel][lane of columns][token]; whole vectors, the last token where there are no
+// more.
+template <bool kDot, class T>
 void pack_turned(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to) {
+    constexpr int64_t in_lane = kDot ? 2 : 1;
+    const int64_t all = (columns + in_lane - 1) / in_lane;
     for (int64_t t = 0; t < tokens; t += kLanes) {
-        float* const panel = to + t / kPanel * kPanel * columns + t % kPanel;
+        float* const panel = to + t / kPanel * kPanel * all + t % kPanel;
         const int here = static_cast<int>(tokens - t < kLanes ? tokens - t : kLanes);
         for (int r = 0; r < here; ++r) fetch(from + (t + r) * token_step, token_step, tokens - t - r, kLanes, columns * step);
-        for (int64_t i = 0; i < columns; i += kLanes) {
-            const int wide = static_cast<int>(columns - i < kLanes ? columns - i : kLanes);
+        for (int64_t i = 0; i < all; i += kLanes) {
+            const int wide = static_cast<int>(all - i < kLanes ? all - i : kLanes);
             F square[kLanes];
 #pragma GCC unroll 16
-            for (int r = 0; r < kLanes; ++r)
-                square[r] = some(from + (t + (r < here ? r : here - 1)) * token_step + i * step, step, wide);
+            for (int r = 0; r < kLanes; ++r) {
+                const T* const row = from + (t + (r < here ? r : here - 1)) * token_step;
+                square[r] = lanes<kDot>(row + i * in_lane * step, step, columns - i * in_lane);
+            }
             turn(square);
 #pragma GCC unroll 16
             for (int r = 0; r < kLanes; ++r)

@@ -64,8 +64,8 @@ void prepare(const Call& c, const Sequence& s, int64_t kv_head, const Room& room
         const auto number = [&](const Lay& l, int64_t i) {
             return static_cast<const float*>(l.data)[s.q_sample * l.at[1] + head * l.at[2] + (s.q_first + i) * l.at[3]];
         };
-        pack_rows(from(a.q), a.q.at[1], a.q.at[3], s.queries, a.d, room.q + row * c.wide, c.wide);
-        pack_rows(from(c.grad), c.grad.at[1], c.grad.at[3], s.queries, a.dv, room.grad + row * c.wide_v, c.wide_v);
+        pack_rows<false>(from(a.q), a.q.at[1], a.q.at[3], s.queries, a.d, room.q + row * c.wide, c.wide);
+        pack_rows<false>(from(c.grad), c.grad.at[1], c.grad.at[3], s.queries, a.dv, room.grad + row * c.wide_v, c.wide_v);
         for (int64_t i = 0; i < s.queries; ++i) {
             const T* const o = from(c.o) + i * c.o.at[1];
             F products{};
@@ -123,9 +123,9 @@ void add(const Call& c, int64_t sample, const Sequence& s, int64_t kv_head, cons
     clear(room.dq, rows * c.wide);
     for (int64_t first = 0; first < s.keys; first += kChunk) {
         const int64_t keys = s.keys - first < kChunk ? s.keys - first : kChunk;
-        pack_turned(k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k_turned);
-        pack_turned(v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v_turned);
-        pack_rows(k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k, c.wide);
+        pack_turned<false>(k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k_turned);
+        pack_turned<false>(v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v_turned);
+        pack_rows<false>(k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k, c.wide);
         for (int64_t r0 = 0; r0 < rows; r0 += kBlock) {
             const int64_t count = rows - r0 < kBlock ? rows - r0 : kBlock;
             int64_t seen[kBlock], here = 0;

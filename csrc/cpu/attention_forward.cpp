@@ -71,6 +71,7 @@ constexpr int kSlots = (kRows + kLanes - 1) / kLanes * kLanes;
 // would wait for the one before.
 // A rounding of s factor - top is a factor of all of a row; where scores are so large that it could take the row out of range,
 // they are scaled first, and the largest one's difference is exactly 0.
+template <bool kDot>
 void exponentials(float* scores, int64_t rows, int64_t width, float factor, float* top, float* total, float* o, int64_t wide,
                   float* rows_of_4) {
     float *const highest = rows_of_4, *const kept = highest + kSlots, *const base = kept + kSlots, *const sums = base + kSlots;
@@ -89,7 +90,7 @@ void exponentials(float* scores, int64_t rows, int64_t width, float factor, floa
             for (int64_t j = 0; j < width; j += kLanes) store(scores + r * kLine + j, factor * load(scores + r * kLine + j));
         factor = 1;
     }
-    for (int64_t r = 0; r < rows; ++r) sums[r] = exponentials_of(scores + r * kLine, width, factor, base[r]);
+    for (int64_t r = 0; r < rows; ++r) sums[r] = exponentials_of<kDot>(scores + r * kLine, width, factor, base[r]);
     for (int i = 0; i < kSlots; i += kLanes) store(total + i, fma(load(total + i), load(kept + i), load(sums + i)));
     if (any(moved))
         for (int64_t r = 0; r < rows; ++r)
@@ -141,8 +142,10 @@ struct Ahead {
 
 template <class T>
 void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows, float* memory) {
+    constexpr bool kDot = kPairs<T>;
     const Attention& a = c.a;
     const Sequence& s = w.s;
+    const int64_t depth = (a.d + kInLane<T> - 1) / kInLane<T>;
     const Room room(memory, c, most_rows);
     for (int64_t i = 0; i < w.count * c.wide; i += kLanes) store(room.o + i, F{});
     for (int64_t i = 0; i < w.count + kRows + kLanes; ++i) room.top[i] = -__builtin_inff(), room.total[i] = 0;
@@ -152,12 +155,15 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
     for (int64_t at = 0, n; at < w.count; at += n) {  // runs of queries of one head
         const int64_t row = w.range.begin + at, rest = s.queries - row % s.queries;
         n = rest < w.count - at ? rest : w.count - at;
-        pack_rows(w.query(a, row), a.q.at[1], a.q.at[3], n, a.d, room.q + at * kLine, kLine);
+        pack_rows<kDot>(w.query(a, row), a.q.at[1], a.q.at[3], n, a.d, room.q + at * kLine, kLine);
     }
     for (int64_t first = 0; first < w.reach; first += kKeys) {
         const int64_t keys = w.reach - first < kKeys ? w.reach - first : kKeys, after = w.reach - first - keys;
-        pack_turned(w.k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k);
-        pack_rows(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, c.wide);
+        pack_turned<kDot>(w.k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k);
+        if constexpr (kDot)
+            pack_pairs(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, c.wide);
+        else
+            pack_rows<false>(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, c.wide);
         Ahead<T> ahead{w.k + (first + keys) * a.k.at[1],
                        w.v + (first + keys) * a.v.at[1],
                        nullptr,
@@ -178,8 +184,8 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
             if (here == 0) continue;
             const int64_t width = round_up(here, kLanes);
             for (int64_t j = 0; j < width; j += kPanel)
-                product<false, false>(room.q + r0 * kLine, rows, room.k + j * a.d, kPanel, room.scores + j, kLine,
-                                      (width - j < kPanel ? width - j : kPanel) / kLanes, a.d);
+                product<false, false, kDot>(room.q + r0 * kLine, rows, room.k + j * depth, kPanel, room.scores + j, kLine,
+                                            (width - j < kPanel ? width - j : kPanel) / kLanes, depth);
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t at = r0 + r, row = w.range.begin + at;
                 float* const scores = room.scores + r * kLine;
@@ -190,11 +196,13 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
                 }
                 hide(scores, seen[r], width);
             }
-            exponentials(room.scores, rows, width, plain ? factor : 1, room.top + r0, room.total + r0, room.o + r0 * c.wide,
-                         c.wide, room.block);
-            for (int64_t j = 0; j < here; j += kPanel)
-                product<false, true>(room.scores + j, rows, room.v + j * c.wide, c.wide, room.o + r0 * c.wide, c.wide,
-                                     c.wide / kLanes, here - j < kPanel ? here - j : kPanel);
+            exponentials<kDot>(room.scores, rows, width, plain ? factor : 1, room.top + r0, room.total + r0,
+                               room.o + r0 * c.wide, c.wide, room.block);
+            for (int64_t j = 0; j < here; j += kPanel) {
+                const int64_t n = here - j < kPanel ? here - j : kPanel;
+                product<false, true, kDot>(room.scores + j / kInLane<T>, rows, room.v + j / kInLane<T> * c.wide, c.wide,
+                                           room.o + r0 * c.wide, c.wide, c.wide / kLanes, (n + kInLane<T> - 1) / kInLane<T>);
+            }
         }
     }
     for (int64_t at = 0; at < w.count; ++at) {

@@ -149,7 +149,7 @@ void attend(const Call& c, int64_t sample, int64_t kv_head, int64_t chunk, int64
         for (int64_t j = n; j < width; ++j) line[j] = -__builtin_inff();
         const float top = largest_of(line, width);
         o[r * part + wide] = top;
-        o[r * part + wide + 1] = exponentials_of(line, width, 1, top == -__builtin_inff() ? 0 : top);
+        o[r * part + wide + 1] = exponentials_of<false>(line, width, 1, top == -__builtin_inff() ? 0 : top);
     }
     const T* v = token_of<T>(c.v_cache, sample, first, kv_head);
     const int64_t token = c.v_cache.at[1], step = c.v_cache.at[3];
