@@ -146,14 +146,29 @@ def times(t, factor, PARTS: tl.constexpr):
 
 
 @triton.jit
-def put(to, t, row, inside, D: tl.constexpr, PARTS: tl.constexpr):
-    """Stores a tile; `row` is the offset of each row from `to`, whose columns lie side by side."""
+def weigh(s, total, top, factor, SCALED: tl.constexpr):
+    """exp2((s - the highest so far) factor), what of all that was gathered is kept, and the new total and highest.
+
+    SCALED says that s has its factor already.
+    """
+    higher = tl.maximum(top, tl.max(s, axis=1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    less, kept = s - base[:, None], top - base
+    if not SCALED:
+        less, kept = less * factor, kept * factor
+    p, kept = tl.exp2(less), tl.exp2(kept)
+    return p, kept, total * kept + tl.sum(p, axis=1), higher
+
+
+@triton.jit
+def put(to, t, row, inside, D: tl.constexpr, PARTS: tl.constexpr, stride=1):
+    """Stores a tile; `row` is the offset of each row from `to`, `stride` that of a column from the last."""
     column = tl.arange(0, PARTS[0])
-    where = to + row[:, None] + column[None, :]
+    where = to + row[:, None] + (column.to(tl.int64) * stride)[None, :]
     tl.store(where, t[0].to(to.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
     if PARTS[1] > 0:
         column = PARTS[0] + tl.arange(0, PARTS[1])
-        where = to + row[:, None] + column[None, :]
+        where = to + row[:, None] + (column.to(tl.int64) * stride)[None, :]
         tl.store(where, t[1].to(to.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
 
 

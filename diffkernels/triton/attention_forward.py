@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _attention
-from ._attention import LOG2E, Tiles, against, extent, line, mine, nothing, plus, put, seen, tile, times
+from ._attention import LOG2E, Tiles, against, extent, line, mine, nothing, plus, put, seen, tile, times, weigh
 
 # By the largest head dimension: what fits into the registers, and into the 99 KiB of shared memory of every GPU since sm_80.
 TILES = {
@@ -40,15 +40,8 @@ def _gather(
         if SCALED:
             s = s * factor
         s = seen(s, bias, mask, LOG2E, sample, head, query[:, None], key[None, :], queries, keys, shift, EDGE, CAUSES)
-        higher = tl.maximum(top, tl.max(s, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        less, kept = s - base[:, None], top - base
-        if not SCALED:
-            less, kept = less * factor, kept * factor
-        p, kept = tl.exp2(less), tl.exp2(kept)
-        total = total * kept + tl.sum(p, axis=1)
+        p, kept, total, top = weigh(s, total, top, factor, SCALED)
         held = plus(times(held, kept[:, None], V_PARTS), p, tile(v_at, key, key < keys, v, DV, V_PARTS), V_PARTS)
-        top = higher
     return held, total, top
 
 
