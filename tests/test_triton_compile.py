@@ -176,6 +176,32 @@ def attention_backward(t):
     yield "_delta", pointers("delta", "fp32") | four | sizes, 4, "STG"
 
 
+def decode_attention(t):
+    "A token to a cache in parts, and their merge; two parts of a head, rotated; all there is; the widest."
+    module = importlib.import_module("diffkernels.triton.decode_attention")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[t]
+    caches = {name: ("*" + t, "i32", "i32", "i32", 1) for name in ("q", "k", "v", "k_cache", "v_cache")}
+    table = dict.fromkeys(("cos", "sin"), ("*fp32", "i32", 1))
+    for d, rows, parts, more in (
+        (64, 1, 8, {"cos": None, "sin": None, "ROTARY": 0}),
+        (72, 16, 1, {}),
+        (128, 64, 4, {"SCALED": True, "INTERLEAVED": False}),
+        (80, 64, 1, {"ROTARY": 32, "CAUSAL": False}),
+        (256, 64, 1, {}),
+    ):
+        tiles = module._attention.widest(module.TILES, dtype, d, False).cut(rows, 1024)
+        given = pointers("o", t) | dict.fromkeys(("totals", "tops")) | pointers("index", "i32") | {"scale": "fp32"}
+        if parts > 1:
+            given |= pointers("o totals tops", "fp32")
+        given |= integers("end tokens length sinks slots count kv_heads group blocks") | caches | table
+        given |= {"D": d, "DV": d, "PARTS": module._attention.parts(d), "V_PARTS": module._attention.parts(d), "ROTARY": d}
+        given |= {"INTERLEAVED": True, "CAUSAL": True, "SCALED": False, "ROWS": tiles.queries, "KEYS": tiles.keys}
+        yield "_kernel", given | more, (tiles.warps, tiles.stages)
+    given = pointers("o", t) | pointers("held totals tops", "fp32") | integers("parts count") | {"factor": "fp32"}
+    yield "_merge", given | {"DV": 64, "WIDE": 64, "PARTS": 8, "MERGED": module.MERGED}, 1
+    yield "_merge", given | {"DV": 256, "WIDE": 256, "PARTS": 256, "MERGED": module.MERGED}, 1
+
+
 def specialise(kernel, given):
     "The signature; constants and multiples of 16, by place."
     signature, constants, attrs = {}, {}, {}
