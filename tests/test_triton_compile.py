@@ -198,8 +198,8 @@ def decode_attention(t):
         given |= {"INTERLEAVED": True, "CAUSAL": True, "SCALED": False, "ROWS": tiles.queries, "KEYS": tiles.keys}
         yield "_kernel", given | more, (tiles.warps, tiles.stages)
     given = pointers("o", t) | pointers("held totals tops", "fp32") | integers("parts count") | {"factor": "fp32"}
-    yield "_merge", given | {"DV": 64, "WIDE": 64, "PARTS": 8, "MERGED": module.MERGED}, 1
-    yield "_merge", given | {"DV": 256, "WIDE": 256, "PARTS": 256, "MERGED": module.MERGED}, 1
+    yield "_merge", given | {"DV": 64, "WIDE": 64, "PARTS": 8, "MERGED": module.MERGED}, 1, "STG"
+    yield "_merge", given | {"DV": 256, "WIDE": 256, "PARTS": 256, "MERGED": module.MERGED}, 1, "STG"
 
 
 def specialise(kernel, given):
