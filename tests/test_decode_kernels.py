@@ -17,8 +17,8 @@ KERNELS = [(rung, device) for rung, device in verify.rungs(OP) if rung != "refer
 pytestmark = pytest.mark.parametrize(("rung", "device"), KERNELS, ids=[f"{device}-{rung}" for rung, device in KERNELS])
 
 
-def call(device: str, *args, **more):
-    return OP.bind((), _decode._call(Draw(torch.float32, device), *args, **more))
+def call(device: str, *args, dtype=torch.float32, **more):
+    return OP.bind((), _decode._call(Draw(dtype, device), *args, **more))
 
 
 @pytest.mark.parametrize("length", [40, 300])
@@ -41,10 +41,11 @@ def test_a_bad_index_is_its_samples_own(rung, device, length, rotary) -> None:
         assert torch.equal(*fuzz.bits([g[[1, 3]]]), *fuzz.bits([b[[1, 3]]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
 @pytest.mark.parametrize("index", [0, 1, 200, 299, 560, 561, 700, 2000])
-def test_a_long_cache_at_every_stage(rung, device, index) -> None:
+def test_a_long_cache_at_every_stage(rung, device, index, dtype) -> None:
     """Empty, filling, about to roll, rolling: the parts of the cache that hold something differ."""
-    args = call(device, 1, 4, 2, 564, 24, [index], sinks=3, rotary=24, rope="half")
+    args = call(device, 1, 4, 2, 564, 24, [index], sinks=3, rotary=24, rope="half", dtype=dtype)
     got = fuzz.run(OP, rung, args)
     for g, e, r in zip(got, oracle.exact(OP, args), oracle.results(OP, OP.reference, args), strict=True):
         oracle.compare(g, e, r, c=OP.c)

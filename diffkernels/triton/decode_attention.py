@@ -95,10 +95,10 @@ def _gather(
     held, total, top, rows, rest, keys, values, shown, factor,
     PARTS: tl.constexpr, V_PARTS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """What the rows have gathered, and these keys."""
+    """What the rows have gathered, and these keys; with a rest, the rows are halves of the queries."""
     s = against(rows, keys, PARTS)
     if rest is not None:
-        s += against(rest, keys, PARTS)
+        s = (s + against(rest, keys, PARTS)) * 2
     if SCALED:
         s = s * factor
     s = tl.where(shown, s, float("-inf"))
@@ -144,7 +144,6 @@ def _kernel(
     if ROTARY > 0 and k_cache[0].dtype.element_ty != tl.float32:
         # No half holds a rotated query: two do. Halved, so that none overflows where its cosine and sine add up.
         x = times(x, 0.5, PARTS)
-        factor = factor * 2
         rows = _cast(x, k_cache[0], PARTS)
         rest = _rest(x, rows, PARTS)
     else:
