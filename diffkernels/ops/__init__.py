@@ -8,6 +8,7 @@ from .gate_residual_norm import gate_residual_norm
 from .geglu import geglu
 from .norm_backward import norm_backward
 from .norm_modulate import norm_modulate
+from .qkv_prep import qkv_prep
 from .row_abs_quantile import row_abs_quantile
 from .row_covariance import row_covariance
 from .slice_moments import slice_moments
@@ -24,6 +25,7 @@ __all__ = [
     "geglu",
     "norm_backward",
     "norm_modulate",
+    "qkv_prep",
     "row_abs_quantile",
     "row_covariance",
     "slice_moments",

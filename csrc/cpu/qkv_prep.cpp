@@ -1,0 +1,255 @@
+// y = rotate(norm(x + bias) * weight + shift) of q and k; v + bias
+//
+// Idea: a token at a time, all of its heads of q, k and v, which lie side by side in a packed projection; its row of the
+// tables is spread once and serves them all. A head is walked up to three times in the first cache: for its mean, for the
+// squares about it, for y. Biases and weights are copied to float32 once a call. Takes: q, k and v float32, float16 or
+// bfloat16, alike; biases, weights and shifts of any of these; any strides; R up to 1024. Floor: a read and a write of each.
+// Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/qkv_prep.cpp
+#include "../qkv.h"
+#include "norm.h"
+
+namespace dk {
+namespace {
+
+constexpr int64_t kTable = 1024;  // columns of a head that may be rotated
+constexpr int kAhead = 8;         // heads whose statistics are found together
+
+// cos and sin of a token as the walk over a head meets them. Interleaved: each twice, sin as -sin, sin.
+struct Table {
+    alignas(64) float cos[kTable + kPair], sin[kTable + kPair];
+};
+
+// What a walk wants of q, k or v besides x; nullptr where there is none.
+struct Vectors {
+    const float *bias, *weight, *shift;
+};
+
+DK_INLINE int64_t room(const Optional& v) { return v && v.ndim == 1 ? v.shape[0] + kLanes : 0; }
+
+// A vector in float32, with room for the last lanes' reads. Returns where the next one goes.
+template <class T>
+DK_INLINE float* widened(const Optional& v, float* to) {
+    const int64_t stride = v.stride[0], size = v.shape[0];
+    const T* const from = static_cast<const T*>(v.data);
+    for (int64_t i = 0; i < size; i += kLanes)
+        store(to + i, quiet(gather(from + i * stride, stride, size - i < kLanes ? static_cast<int>(size - i) : kLanes)));
+    return to + room(v);
+}
+DK_INLINE const float* copied(const Optional& v, float*& to) {
+    if (!v) return nullptr;
+    const float* const found = to;
+    to = v.dtype == DType::f32 ? widened<float>(v, to) : v.dtype == DType::f16 ? widened<f16>(v, to) : widened<bf16>(v, to);
+    return found;
+}
+
+void spread(const Qkv& c, int64_t sample, int64_t token, Table& table) {
+    const float* const cos = static_cast<const float*>(c.cos.data) + row_of(c.cos, sample, token);
+    const float* const sin = static_cast<const float*>(c.sin.data) + row_of(c.sin, sample, token);
+    const int64_t cos_step = c.cos.step(-1), sin_step = c.sin.step(-1);
+    for (int64_t i = 0; i < c.half; i += kLanes) {
+        const int n = c.half - i < kLanes ? static_cast<int>(c.half - i) : kLanes;
+        const F cv = quiet(gather(cos + i * cos_step, cos_step, n)), sv = quiet(gather(sin + i * sin_step, sin_step, n));
+        if (c.apart) {
+            store(table.cos + i, cv), store(table.sin + i, sv);
+        } else {
+            const Pair twice = interleave({cv, cv}), turned = interleave({-sv, sv});
+            store(table.cos + 2 * i, twice.lo), store(table.cos + 2 * i + kLanes, twice.hi);
+            store(table.sin + 2 * i, turned.lo), store(table.sin + 2 * i + kLanes, turned.hi);
+        }
+    }
+}
+
+// Columns 1, 0, 3, 2, ...
+DK_INLINE F swapped(F v) {
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#else
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+#endif
+}
+
+// a b, rounded: what the compiler contracts of a sum would else be another thing for rows of other strides.
+DK_INLINE F product(F a, F b) {
+    F v = a * b;
+#if defined(__AVX2__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
+// f(i, n) for columns i.. of [begin, end), n of them: kLanes, but for the last.
+template <class G>
+DK_INLINE void walk(int64_t begin, int64_t end, G f) {
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) f(i, kLanes);
+    if (i < end) f(i, static_cast<int>(end - i));
+}
+
+// How a head is normed: (x + bias - center - rest) * rstd.
+struct Normed {
+    float center = 0, rest = 0, rstd = 1;
+};
+
+// A head's columns, then * weight + shift.
+template <class T, bool kUnit>
+struct Head {
+    const T* x;
+    int64_t stride;
+    Vectors with;
+    Normed m = {};
+
+    DK_INLINE F at(int64_t i, int n) const {  // zeros, or the bias, past n
+        const F v = !kUnit ? gather(x + i * stride, stride, n) : n == kLanes ? load(x + i) : load(x + i, n);
+        return with.bias ? v + load(with.bias + i) : v;
+    }
+    DK_INLINE F normed(int64_t i, int n) const {
+        F h = fma(at(i, n) - splat(m.center), splat(m.rstd), splat(-m.rest * m.rstd));
+        if (with.weight) h = product(h, load(with.weight + i));
+        return with.shift ? h + load(with.shift + i) : h;
+    }
+};
+
+// All heads of a token of q, k or v.
+template <class T, bool kUnit>
+struct Token {
+    const Qkv& c;
+    const Part& part;
+    const Vectors& with;
+    const T* x;
+    T* y;
+
+    DK_INLINE Token(const Qkv& call, const Part& p, const Vectors& v, int64_t sample, int64_t token)
+        : c(call),
+          part(p),
+          with(v),
+          x(static_cast<const T*>(p.x.data) + sample * p.x.stride[0] + token * p.x.stride[1]),
+          y(static_cast<T*>(p.y) + (sample * p.tokens() + token) * p.heads() * p.columns()) {}
+
+    DK_INLINE Head<T, kUnit> head(int64_t h) const {
+        const int64_t from = h * part.columns(), affine = c.across ? from : 0;
+        const auto past = [](const float* p, int64_t n) __attribute__((always_inline)) { return p ? p + n : p; };
+        return {x + h * part.x.stride[2], part.x.stride[3],
+                Vectors{past(with.bias, from), past(with.weight, affine), past(with.shift, affine)}};
+    }
+
+    // The sums over `heads` of them of x + bias - center, and of its squares.
+    DK_INLINE void sums(int64_t first_head, int64_t heads, float center, float& plain, float& square) const {
+        const F about = splat(center);
+        F total = {}, squares = {};
+        for (int64_t h = first_head; h < first_head + heads; ++h) {
+            const Head<T, kUnit> from = head(h);
+            F d = {}, q = {};  // a head's own: long chains lose small terms
+            walk(0, part.columns(), [&](int64_t i, int n) __attribute__((always_inline)) {
+                const F e = n == kLanes ? from.at(i, n) - about : first(from.at(i, n) - about, n);
+                d += e;
+                q = fma(e, e, q);
+            });
+            total += d, squares += q;
+        }
+        plain = sum(total), square = sum(squares);
+    }
+
+    // Of the heads that share it.
+    DK_INLINE Normed moments(int64_t first_head, int64_t heads) const {
+        const float count = static_cast<float>(heads * part.columns());
+        float plain, square, center = 0;
+        if (c.center) {
+            sums(first_head, heads, 0, plain, square);
+            center = plain / count;
+        }
+        sums(first_head, heads, center, plain, square);
+        const float rest = c.center ? plain / count : 0;  // what rounding left of the mean
+        const float rounded = square / count - rest * rest;
+        const float ms = rounded < 0 ? 0 : rounded;  // a NaN stays
+        return {center, rest, 1.0f / __builtin_sqrtf(ms + c.eps)};
+    }
+
+    DK_INLINE void prepare(const Table& table) const {
+        const int64_t columns = part.columns(), half = part.main ? c.half : 0;
+        const bool norm = part.main && c.norm;
+        Normed of[kAhead];
+        if (norm && c.across) {
+            const Normed all = moments(0, part.heads());
+            for (Normed& m : of) m = all;
+        }
+        for (int64_t h = 0; h < part.heads(); ++h) {
+            if (norm && !c.across && h % kAhead == 0)  // the next heads' at once: none waits for another's root
+                for (int64_t k = 0; k < kAhead && h + k < part.heads(); ++k) of[k] = moments(h + k, 1);
+            Head<T, kUnit> from = head(h);
+            from.m = of[h % kAhead];
+            T* const to = y + h * columns;
+            const auto put = [&](int64_t i, int n, F v)
+                                 __attribute__((always_inline)) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
+            if (c.apart)
+                walk(0, half, [&](int64_t i, int n) __attribute__((always_inline)) {
+                    const F a = from.normed(i, n), b = from.normed(i + half, n);
+                    const F cos = load(table.cos + i), sin = load(table.sin + i);
+                    put(i, n, fma(a, cos, -product(b, sin)));
+                    put(i + half, n, fma(b, cos, product(a, sin)));
+                });
+            else
+                walk(0, 2 * half, [&](int64_t i, int n) __attribute__((always_inline)) {
+                    const F v = from.normed(i, n);
+                    put(i, n, fma(v, load(table.cos + i), product(swapped(v), load(table.sin + i))));
+                });
+            walk(2 * half, columns, [&](int64_t i, int n) __attribute__((always_inline)) { put(i, n, from.normed(i, n)); });
+        }
+    }
+};
+
+// Tokens [begin, end) of all samples, each of up to `tokens`.
+template <class T, bool kUnit>
+__attribute__((noinline)) void run(const Qkv& c, const Vectors* with, int64_t tokens, int64_t begin, int64_t end) {
+    Table table;
+    for (int64_t r = begin; r < end; ++r) {
+        const int64_t sample = r / tokens, token = r - sample * tokens;
+        if (c.half) spread(c, sample, token, table);
+        for (int i = 0; i < c.count; ++i)
+            if (token < c.parts[i].tokens()) Token<T, kUnit>(c, c.parts[i], with[i], sample, token).prepare(table);
+    }
+}
+
+int64_t bytes(Stream, Views, View, View, Optional, Optional q_bias, Optional k_bias, Optional v_bias, Optional q_weight,
+              Optional k_weight, Optional q_shift, Optional k_shift, Optional, Optional, Text, Text, bool, double) {
+    int64_t n = 0;
+    for (const Optional& v : {q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift}) n += room(v);
+    return n * static_cast<int64_t>(sizeof(float));
+}
+
+Refusal qkv_prep(Stream stream, Views out, View q, View k, Optional v, Optional q_bias, Optional k_bias, Optional v_bias,
+                 Optional q_weight, Optional k_weight, Optional q_shift, Optional k_shift, Optional cos, Optional sin,
+                 Text rope, Text norm, bool across, double eps) {
+    Qkv c{};
+    if (Refusal why = describe(c, out, q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope,
+                               norm, across, eps))
+        return why;
+    if (2 * c.half > kTable) return "cos and sin: more than 512 columns";
+    bool unit = true;
+    int64_t tokens = 0, elements = 0;
+    for (int i = 0; i < c.count; ++i) {
+        const Part& p = c.parts[i];
+        unit = unit && (p.x.stride[3] == 1 || p.columns() == 1);
+        tokens = p.tokens() > tokens ? p.tokens() : tokens;
+        elements += p.heads() * p.columns();
+    }
+    if (q.shape[0] * tokens * elements == 0) return nullptr;
+    return for_dtype(Floats{}, q.dtype, "q: not float32, float16 or bfloat16", [&](auto tag) {
+        using T = typename TypeOf<decltype(tag)::value>::type;
+        return for_bool(unit, [&](auto is_unit) -> Refusal {
+            auto* to = static_cast<float*>(stream.scratch);
+            Vectors with[3] = {};
+            for (int i = 0; i < c.count; ++i)
+                with[i] = {copied(c.parts[i].bias, to), copied(c.parts[i].weight, to), copied(c.parts[i].shift, to)};
+            auto body = [&](int64_t begin, int64_t end) { run<T, decltype(is_unit)::value>(c, with, tokens, begin, end); };
+            parallel_for(q.shape[0] * tokens, row_grain(elements), body);
+            return nullptr;
+        });
+    });
+}
+
+}  // namespace
+}  // namespace dk
+
+using dk::qkv_prep;
+DK_ENTRY_WITH_SCRATCH(qkv_prep, "out q k v q_bias k_bias v_bias q_weight k_weight q_shift k_shift cos sin rope norm across eps",
+                      dk::bytes)

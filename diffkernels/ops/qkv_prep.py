@@ -1,0 +1,98 @@
+"""What queries, keys and values go through before attention, in one pass: the projection's bias, a norm, the rotation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._op import empty_like, op
+from . import _norm, _qkv
+
+
+def _check(q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope, norm, across, eps):  # type: ignore[no-untyped-def]
+    _qkv.check(q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope, norm, across, eps)
+
+
+def _allocate(q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope, norm, across, eps):  # type: ignore[no-untyped-def]
+    return [empty_like(t) for t in (q, k, v) if t is not None]
+
+
+def _biased(t: Tensor, bias: Tensor | None) -> Tensor:
+    h = _norm.widen(t)
+    return h if bias is None else h + bias.to(h.dtype).view(t.shape[2:])
+
+
+def _normed(h: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str, across: bool, eps: float) -> Tensor:
+    if norm == "none":
+        return h
+    rows, ms = _norm.centred(h.flatten(2) if across else h, norm)
+    rows = rows * torch.rsqrt(ms + eps)
+    if weight is not None:
+        rows = rows * weight.to(h.dtype)
+    if shift is not None:
+        rows = rows + shift.to(h.dtype)
+    return rows.view(h.shape)
+
+
+def _rotated(h: Tensor, cos: Tensor | None, sin: Tensor | None, rope: str) -> Tensor:
+    if cos is None or sin is None:
+        return h
+    half = cos.shape[-1]
+    c, s = (t.to(h.dtype).unsqueeze(-2) for t in (cos, sin))  # [(B,) S, 1, R/2]
+    turned, rest = h[..., : 2 * half], h[..., 2 * half :]
+    a, b = turned.unflatten(-1, (half, 2)).unbind(-1) if rope == "interleaved" else turned.split(half, -1)
+    pair = a * c - b * s, b * c + a * s
+    turned = torch.stack(pair, -1).flatten(-2) if rope == "interleaved" else torch.cat(pair, -1)
+    return torch.cat((turned, rest), -1)
+
+
+@op(allocate=_allocate, check=_check, fuzz=_qkv.fuzz, cases=_qkv.CASES)
+def qkv_prep(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_shift: Tensor | None = None,
+    k_shift: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    rope: str = "interleaved",
+    norm: str = "none",
+    across: bool = False,
+    eps: float = 1e-6,
+) -> list[Tensor]:
+    """What `attention` wants of a packed projection: q and k with bias, norm and rotary embedding; v with its bias.
+
+    In this order, of q (and of k likewise): q + q_bias; h = e / sqrt(mean(e²) + eps), where e is q less its mean
+    ("layer") or q ("rms"); h · q_weight + q_shift; and of the first R columns of each head the pairs (a, b) become
+    (a cos - b sin, b cos + a sin).
+
+    Args:
+        q: [B, S, H, D], k: [B, Sk, Hkv, D], v: [B, Sk, Hkv, Dv] or None, where there is nothing to do to it: one dtype,
+            float32, float16, bfloat16 (or float64, on the reference), any strides; views of a packed projection are
+            read as they are.
+        q_bias, k_bias, v_bias: [H · D] of that tensor, as the projection has them.
+        q_weight, k_weight, q_shift, k_shift: the norm's affine part, [D], or [H · D] with `across`; None with "none".
+        cos, sin: float32 (or float64, on the reference) [S, R/2] or [B, S, R/2], R <= D, together; they want S = Sk.
+            `nn.rope_table` and `nn.axial_rope` make them.
+        rope: the pairs: "interleaved", columns (2i, 2i + 1); "half", (i, i + R/2).
+        norm: "none", "rms" or "layer": over D, or `across` all heads of a token. eps: >= 0.
+
+    Returns:
+        [q, k], or [q, k, v] where v is given: contiguous, of the inputs' shapes and dtype. Arithmetic is float32,
+        rounded once at the end.
+
+    Raises:
+        TypeError: a dtype outside the list. ValueError: a shape or value outside of the above.
+
+    Source: Su et al. 2021 (RoPE), eq. 34; Zhang & Sennrich 2019, eq. 4; Ba et al. 2016, eq. 3; Henry et al. 2020 (QK norm).
+    """
+    found = []
+    for t, bias, weight, shift in ((q, q_bias, q_weight, q_shift), (k, k_bias, k_weight, k_shift)):
+        h = _rotated(_normed(_biased(t, bias), weight, shift, norm, across, eps), cos, sin, rope)
+        found.append(h.to(t.dtype, copy=True))  # never an input itself
+    return found if v is None else [*found, _biased(v, v_bias).to(v.dtype, copy=True)]
