@@ -137,6 +137,20 @@ def row_covariance(t):
     yield "_merge", merged | {"COUNT": 4, "BLOCK": 4096, "TILE": 64}, 1, "LDG", "STG"
 
 
+def qkv_prep(t):
+    "A norm of each head with neighbours rotated; across heads with halves; LayerNorm with all there is; values' bias."
+    given = pointers("y bias weight shift", t) | {"x": ("*" + t, "i32", "i32", "i32", 1)} | integers("T H D half")
+    given |= dict.fromkeys(("cos", "sin"), ("*fp32", "i32", "i32")) | {"eps": "fp32"}
+    given |= {"NORM": 1, "ACROSS": False, "APART": False}
+    few = {"bias": None, "shift": None}
+    yield "_kernel", given | few | {"HEADS": 16, "BLOCK": 128, "PAIRS": 64}, 4
+    yield "_kernel", given | few | {"ACROSS": True, "APART": True, "HEADS": 16, "BLOCK": 128, "PAIRS": 64}, 4
+    yield "_kernel", given | {"NORM": 2, "ACROSS": True, "HEADS": 64, "BLOCK": 128, "PAIRS": 64}, 16
+    yield "_kernel", given | {"NORM": 2, "APART": True, "HEADS": 32, "BLOCK": 64, "PAIRS": 32}, 4
+    none = dict.fromkeys(("weight", "shift", "cos", "sin")) | {"NORM": 0}
+    yield "_kernel", given | none | {"HEADS": 16, "BLOCK": 128, "PAIRS": 64}, 4
+
+
 SHOWN = {"bias": ("*fp32", "i32", "i32", "i32", 1), "mask": ("*u8", "i32", 0, "i32", 1)}
 
 
