@@ -121,7 +121,8 @@ __device__ __forceinline__ void sum(float (&v)[kCount]) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n)
 #pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) v[n] += __shfl_xor_sync(0xffffffffu, v[n], offset);
+        for (int offset = (kThreads < 32 ? kThreads : 32) / 2; offset > 0; offset /= 2)
+            v[n] += __shfl_xor_sync(0xffffffffu, v[n], offset);
     if constexpr (kThreads > 32) {
         constexpr int kWarps = kThreads / 32;
         __shared__ float partial[kCount][kAll / 32];
