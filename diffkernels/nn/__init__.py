@@ -14,6 +14,7 @@ from .norms import (
     TimeDependentRMSNorm,
     TimeTable,
 )
+from .rope import axial_rope, rope_table
 from .stack import Stack, StackedLinear
 from .transformer import Attention, Mlp, attend
 
@@ -37,7 +38,9 @@ __all__ = [
     "TimeTable",
     "TimestepEmbedder",
     "attend",
+    "axial_rope",
     "concat_linear",
     "concat_norm_linear",
+    "rope_table",
     "sincos_2d",
 ]
