@@ -11,9 +11,9 @@ from torch import Tensor
 from .._case import Case
 from ._attention import MAX_HEAD
 from ._norm import FLOATS
+from ._rope import ROPES
 
 MOST = 64  # new tokens
-ROPES = ("interleaved", "half")
 
 
 def check(q, k, v, k_cache, v_cache, index, cos, sin, rope, sinks, causal, scale):  # type: ignore[no-untyped-def]

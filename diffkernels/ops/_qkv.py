@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from .._case import Case
 from ._norm import FLOATS
+from ._rope import ROPES
 
-NORMS, ROPES = ("none", "rms", "layer"), ("interleaved", "half")
+NORMS = ("none", "rms", "layer")
 
 
 def check(q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope, norm, across, eps):  # type: ignore[no-untyped-def]

@@ -7,20 +7,11 @@ from torch import Tensor
 
 from .._case import Case
 from .._op import op
-from . import _decode
+from . import _decode, _rope
 
 
 def _allocate(q, k, v, k_cache, v_cache, index, cos, sin, rope, sinks, causal, scale):  # type: ignore[no-untyped-def]
     return q.new_empty((*q.shape[:3], v.shape[3]))
-
-
-def _rotated(x, cos, sin, rope):  # type: ignore[no-untyped-def]
-    """x [B, T, H, D], wide; cos, sin [B, T, R / 2]."""
-    cos, sin, r = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype), 2 * cos.shape[-1]
-    turned, rest = x[..., :r], x[..., r:]
-    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if rope == "interleaved" else turned.chunk(2, -1)
-    pair = a * cos - b * sin, a * sin + b * cos
-    return torch.cat([torch.stack(pair, -1).flatten(-2) if rope == "interleaved" else torch.cat(pair, -1), rest], -1)
 
 
 def _flops(b, tokens, heads, length, d):  # type: ignore[no-untyped-def]
@@ -89,7 +80,7 @@ def decode_attention(
     place = last - (tokens - 1) + torch.arange(tokens, device=q.device)  # [B, T]
     q, new = q.to(wide), k.to(wide)
     if cos is not None:
-        q, new = (_rotated(t, cos[place], sin[place], rope) for t in (q, new))
+        q, new = (_rope.rotated(t, cos[place], sin[place], rope) for t in (q, new))
     sample, slots = (
         torch.arange(b, device=q.device)[:, None],
         torch.where(place < length, place, sinks + (place - sinks) % ring),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._op import empty_like, op
-from . import _norm, _qkv
+from . import _norm, _qkv, _rope
 
 
 def _check(q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope, norm, across, eps):  # type: ignore[no-untyped-def]
@@ -32,18 +32,6 @@ def _normed(h: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str, a
     if shift is not None:
         rows = rows + shift.to(h.dtype)
     return rows.view(h.shape)
-
-
-def _rotated(h: Tensor, cos: Tensor | None, sin: Tensor | None, rope: str) -> Tensor:
-    if cos is None or sin is None:
-        return h
-    half = cos.shape[-1]
-    c, s = (t.to(h.dtype).unsqueeze(-2) for t in (cos, sin))  # [(B,) S, 1, R/2]
-    turned, rest = h[..., : 2 * half], h[..., 2 * half :]
-    a, b = turned.unflatten(-1, (half, 2)).unbind(-1) if rope == "interleaved" else turned.split(half, -1)
-    pair = a * c - b * s, b * c + a * s
-    turned = torch.stack(pair, -1).flatten(-2) if rope == "interleaved" else torch.cat(pair, -1)
-    return torch.cat((turned, rest), -1)
 
 
 @op(allocate=_allocate, check=_check, fuzz=_qkv.fuzz, cases=_qkv.CASES)
@@ -93,6 +81,6 @@ def qkv_prep(
     """
     found = []
     for t, bias, weight, shift in ((q, q_bias, q_weight, q_shift), (k, k_bias, k_weight, k_shift)):
-        h = _rotated(_normed(_biased(t, bias), weight, shift, norm, across, eps), cos, sin, rope)
+        h = _rope.rotated(_normed(_biased(t, bias), weight, shift, norm, across, eps), cos, sin, rope)
         found.append(h.to(t.dtype, copy=True))  # never an input itself
     return found if v is None else [*found, _biased(v, v_bias).to(v.dtype, copy=True)]
