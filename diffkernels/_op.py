@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import _C, _grad, _ladder
+from . import _C, _grad, _ladder, _writes
 from ._case import Case
 
 _KINDS = {
@@ -89,7 +89,7 @@ class Op:
         qualified = f"diffkernels::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=_library)
         if writes:
-            _library.impl(self.name, self._without_gradient, "Autograd")
+            _library.impl(self.name, functools.partial(_writes.without_gradient, self), "Autograd")
         else:
             torch.library.register_autograd(qualified, self.gradient.backward, setup_context=self.gradient.save, lib=_library)
         self._overload = getattr(torch.ops.diffkernels, self.name).default
@@ -146,29 +146,9 @@ class Op:
     def _run(self, *args: Any) -> Any:
         return _ladder.climb(self, self.device(args), args)
 
-    def _without_gradient(self, *args: Any) -> Any:
-        """Of an op that writes to its arguments: torch.library takes no formula, and would forget silently."""
-        for name, value in zip(self.names, args, strict=True):
-            if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
-                raise RuntimeError(
-                    f"{name}: {self.name} has no gradient: expected no tensor that requires one, or torch.no_grad()"
-                )
-        with torch._C._AutoDispatchBelowAutograd():
-            out = self._overload(*args)
-        self._wrote(args)
-        return out
-
-    def _wrote(self, args: tuple[Any, ...]) -> None:
-        """Autograd notices where it saved what has been written to since."""
-        torch.autograd.graph.increment_version([args[i] for i in self.writes])
-
     def apart(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The arguments, those that the op writes to copied (strides and all): a call that leaves no trace."""
-        given = list(args)
-        for i in self.writes:
-            t = args[i]
-            given[i] = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-        return tuple(given)
+        return tuple(_writes.copy(a) if i in self.writes else a for i, a in enumerate(args))
 
     def _fake(self, *args: Any) -> Any:
         self.check(*args)
@@ -190,7 +170,7 @@ class Op:
                     raise
                 if type(out) is not int:
                     if self.writes:
-                        self._wrote(args)
+                        _writes.noted(self, args)
                     return out
                 if out:  # plain, but forced or refused
                     return _ladder.climb(self, _DEVICES[out], args)
