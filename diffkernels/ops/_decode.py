@@ -107,7 +107,8 @@ def eager(q, k, v, k_cache, v_cache, index):  # type: ignore[no-untyped-def]
     old = k_cache.shape[1] - k.shape[1]
     k, v = torch.cat([k_cache[:, :old], k], 1), torch.cat([v_cache[:, :old], v], 1)
     mask = None if q.shape[1] == 1 else torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(old)
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), mask).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 def fuzz(draw, pick):  # type: ignore[no-untyped-def]

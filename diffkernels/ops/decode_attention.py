@@ -79,7 +79,7 @@ def decode_attention(
     last = index.long().masked_fill(bad, 0)[:, None] + (tokens - 1)
     place = last - (tokens - 1) + torch.arange(tokens, device=q.device)  # [B, T]
     q, new = q.to(wide), k.to(wide)
-    if cos is not None:
+    if cos is not None and sin is not None:
         q, new = (_rope.rotated(t, cos[place], sin[place], rope) for t in (q, new))
     sample, slots = (
         torch.arange(b, device=q.device)[:, None],
