@@ -69,9 +69,7 @@ def scaled_dot_product_attention(
 
     if attn_mask is not None:
         attn_mask = _folded_mask(attn_mask, (*batch, heads, query.shape[-2], key.shape[-2]), b)
-    out: Tensor = ops.attention(  # type: ignore[assignment]
-        folded(query), folded(key), folded(value), attn_mask, "top-left" if is_causal else "none", scale
-    )
+    out = ops.attention(folded(query), folded(key), folded(value), attn_mask, "top-left" if is_causal else "none", scale)
     return out.transpose(1, 2).reshape(*lead, *out.shape[1::2])
 
 

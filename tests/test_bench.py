@@ -324,7 +324,7 @@ def test_a_budget_begins_with_what_is_missing(tmp_path, monkeypatch) -> None:
         (["norm_modulate/flux"], "norm_modulate has the cases dit-xl-256, pixart-1024"),
         (["--dtype", "f64"], "--dtype: expected one of f32, f16, bf16; got 'f64'"),
         (["--rung", "fast"], "rung: expected one of"),
-        (["--rung", "avx512_bf16"], "nothing to run on 'avx512_bf16' here"),
+        (["--rung", "sm90"], "nothing to run on 'sm90' here: does not run on cpu tensors"),
         (["--vs", "eager,magic"], "--vs: expected all, or one of eager, compile, liger"),
         (["--shapes", "8x"], "--shapes: expected 8x256x1152"),
         (["--shapes", "1x2x3x4x5x6x7"], "no case has a shape of as many dimensions"),

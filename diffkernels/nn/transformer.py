@@ -12,7 +12,7 @@ def attend(qkv: Tensor, num_heads: int) -> Tensor:
     """Self-attention of packed projections: [B, N, 3 D], packed as [3, heads, d], d ≤ 256, -> [B, N, D]. Scale d^-1/2."""
     b, n, d = qkv.shape
     q, k, v = qkv.view(b, n, 3, num_heads, d // (3 * num_heads)).unbind(2)  # views: the op reads strides
-    o: Tensor = ops.attention(q, k, v)  # type: ignore[assignment]
+    o = ops.attention(q, k, v)
     return o.view(b, n, d // 3)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,6 +89,38 @@ def _backward(inputs, outputs, grads, wanted):  # type: ignore[no-untyped-def]
     return (*unpack(found, wanted[:4]), *[None] * 7)
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = ...,
+    causal: bool | str = ...,
+    scale: float | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    key_lengths: Tensor | None = ...,
+    cu_q: Tensor | None = ...,
+    cu_k: Tensor | None = ...,
+    kv_index: Tensor | None = ...,
+    lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = ...,
+    causal: bool | str = ...,
+    scale: float | None = ...,
+    *,
+    bias: Tensor | None = ...,
+    key_lengths: Tensor | None = ...,
+    cu_q: Tensor | None = ...,
+    cu_k: Tensor | None = ...,
+    kv_index: Tensor | None = ...,
+    lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
