@@ -79,7 +79,7 @@ void append(const Call& c, int64_t sample, int64_t kv_head) {
 }
 
 // s[r][j] = factor q[r] . k[j] for n keys, in whole vectors of j; what is beyond n is not a score.
-template <int kRows, class T>
+template <int kRows, bool kUnit, class T>
 void scores(const float (*q)[kWide], const T* k, int64_t token, int64_t step, int64_t n, int64_t d, float factor, float* s) {
     constexpr int kAt = kLanes / kRows;  // keys at a time
     for (int64_t j = 0; j < n; j += kAt) {
@@ -88,11 +88,11 @@ void scores(const float (*q)[kWide], const T* k, int64_t token, int64_t step, in
             F left[kRows];
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) left[r] = load(q[r] + i);
-            const bool whole = step == 1 && d - i >= kLanes;
+            const bool whole = kUnit && d - i >= kLanes;
 #pragma GCC unroll 16
             for (int key = 0; key < kAt; ++key) {
                 const T* const at = k + (j + key < n ? j + key : n - 1) * token + i * step;
-                const F right = whole ? load(at) : some(at, step, static_cast<int>(d - i));
+                const F right = whole ? load(at) : some(at, kUnit ? 1 : step, static_cast<int>(d - i));
 #pragma GCC unroll 4
                 for (int r = 0; r < kRows; ++r) sums[r * kAt + key] = fma(left[r], right, sums[r * kAt + key]);
             }
@@ -108,7 +108,7 @@ void scores(const float (*q)[kWide], const T* k, int64_t token, int64_t step, in
 }
 
 // o[r] = sum over j of p[r][j] v[j], kVectors of its columns; the last vector holds `last` of them.
-template <int kRows, int kVectors, class T>
+template <int kRows, int kVectors, bool kUnit, class T>
 void values(const float* p, const T* v, int64_t token, int64_t step, int64_t n, int last, float* o, int64_t o_row) {
     F sums[kRows][kVectors] = {};
 #pragma GCC unroll 1
@@ -116,8 +116,8 @@ void values(const float* p, const T* v, int64_t token, int64_t step, int64_t n, 
         F right[kVectors];
 #pragma GCC unroll 4
         for (int i = 0; i + 1 < kVectors; ++i)
-            right[i] = step == 1 ? load(v + i * kLanes) : gather(v + i * kLanes * step, step, kLanes);
-        right[kVectors - 1] = some(v + (kVectors - 1) * kLanes * step, step, last);
+            right[i] = kUnit ? load(v + i * kLanes) : gather(v + i * kLanes * step, step, kLanes);
+        right[kVectors - 1] = some(v + (kVectors - 1) * kLanes * step, kUnit ? 1 : step, last);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -129,7 +129,7 @@ void values(const float* p, const T* v, int64_t token, int64_t step, int64_t n, 
         for (int i = 0; i < kVectors; ++i) store(o + r * o_row + i * kLanes, sums[r][i]);
 }
 
-template <int kRows, class T>
+template <int kRows, bool kUnit, class T>
 void attend(const Call& c, int64_t sample, int64_t kv_head, int64_t chunk, int64_t row) {
     const int64_t first = chunk * kChunk, held = c.held(sample), n = held - first < kChunk ? held - first : kChunk;
     float* const o = c.part_of(sample, kv_head, chunk, row);
@@ -139,7 +139,8 @@ void attend(const Call& c, int64_t sample, int64_t kv_head, int64_t chunk, int64
         const int64_t head = kv_head * (c.heads / c.kv_heads) + (row + r) / c.tokens, t = (row + r) % c.tokens;
         rotated(c, token_of<T>(c.q, sample, t, head), c.q.at[3], c.index[sample] + t, q[r]);
     }
-    scores<kRows>(q, token_of<T>(c.k_cache, sample, first, kv_head), c.k_cache.at[1], c.k_cache.at[3], n, c.d, c.factor, s);
+    scores<kRows, kUnit>(q, token_of<T>(c.k_cache, sample, first, kv_head), c.k_cache.at[1], c.k_cache.at[3], n, c.d, c.factor,
+                         s);
     for (int r = 0; r < kRows; ++r) {
         float* const line = s + r * kScores;
         for (int64_t t = (row + r) % c.tokens + 1; c.causal && t < c.tokens; ++t) {
@@ -156,10 +157,10 @@ void attend(const Call& c, int64_t sample, int64_t kv_head, int64_t chunk, int64
     for (int64_t i = 0; i < c.dv; i += 4 * kLanes) {
         const int64_t vectors = (wide - i) / kLanes;
         const int last = vectors > 4 || c.dv % kLanes == 0 ? kLanes : static_cast<int>(c.dv % kLanes);
-        if (vectors >= 4) values<kRows, 4>(s, v + i * step, token, step, n, last, o + i, part);
-        if (vectors == 3) values<kRows, 3>(s, v + i * step, token, step, n, last, o + i, part);
-        if (vectors == 2) values<kRows, 2>(s, v + i * step, token, step, n, last, o + i, part);
-        if (vectors == 1) values<kRows, 1>(s, v + i * step, token, step, n, last, o + i, part);
+        if (vectors >= 4) values<kRows, 4, kUnit>(s, v + i * step, token, step, n, last, o + i, part);
+        if (vectors == 3) values<kRows, 3, kUnit>(s, v + i * step, token, step, n, last, o + i, part);
+        if (vectors == 2) values<kRows, 2, kUnit>(s, v + i * step, token, step, n, last, o + i, part);
+        if (vectors == 1) values<kRows, 1, kUnit>(s, v + i * step, token, step, n, last, o + i, part);
     }
 }
 
@@ -256,9 +257,13 @@ Refusal decode_attention(Stream stream, View out, View q, View k, View v, View k
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t sample = i / chunks / c.kv_heads, kv_head = i / chunks % c.kv_heads, chunk = i % chunks;
                 if (c.held(sample) <= chunk * kChunk) continue;
-                int64_t row = 0;
-                for (; row + kTall <= rows; row += kTall) attend<kTall, T>(c, sample, kv_head, chunk, row);
-                for (; row < rows; ++row) attend<1, T>(c, sample, kv_head, chunk, row);
+                for_bool(c.k_cache.at[3] == 1 && c.v_cache.at[3] == 1, [&](auto unit) -> Refusal {
+                    constexpr bool kUnit = decltype(unit)::value != 0;
+                    int64_t row = 0;
+                    for (; row + kTall <= rows; row += kTall) attend<kTall, kUnit, T>(c, sample, kv_head, chunk, row);
+                    for (; row < rows; ++row) attend<1, kUnit, T>(c, sample, kv_head, chunk, row);
+                    return nullptr;
+                });
             }
         };
         parallel_for(pairs * chunks, grain, attended);
