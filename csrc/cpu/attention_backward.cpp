@@ -103,8 +103,10 @@ DK_INLINE void add_bias(const Lay& to, int64_t sample, int64_t head, int64_t que
 // A row of scores becomes P, and one of dO VT becomes dS.
 __attribute__((noinline)) void gradients(float* p, float* ds, int64_t width, float scale, float base, float delta) {
     for (int64_t j = 0; j < width; j += kLanes) {
-        const F x = load(p + j),
-                e = choose(x == splat(-__builtin_inff()), F{}, exp2(kLog2e * fma(x, splat(scale), splat(-base))));
+        const F x = load(p + j), t = kLog2e * fma(x, splat(scale), splat(-base));
+        const I beyond = t >= 128.0f;  // lse is the caller's
+        const F finite = choose(x == splat(-__builtin_inff()), F{}, exp2(choose(beyond, F{}, t))),
+                e = choose(beyond, splat(__builtin_inff()), finite);
         store(p + j, e);
         store(ds + j, e * (load(ds + j) - delta));
     }
