@@ -194,7 +194,7 @@ Refusal parse(Call& c, View q, View k, View v, View k_cache, View v_cache, View 
             return "q, k, v, k_cache, v_cache: not alike, of four dimensions, float32, float16 or bfloat16";
     c.samples = q.shape[0], c.tokens = q.shape[1], c.heads = q.shape[2], c.d = q.shape[3];
     c.kv_heads = k.shape[2], c.dv = v.shape[3], c.length = k_cache.shape[1], c.sinks = sinks;
-    if (c.tokens < 1 || c.tokens > kMostTokens) return "q: not 1 to 64 new tokens";
+    if (c.tokens < 1 || c.tokens > kMostTokens) return "q: not 1 to 64 tokens";
     if (c.d < 1 || c.dv < 1 || c.d > kMaxHead || c.dv > kMaxHead) return "q, v: head dimension";
     if (c.kv_heads < 1 || c.heads % c.kv_heads) return "k: its heads do not divide q's";
     const int64_t shapes[][4] = {{c.samples, c.tokens, c.kv_heads, c.d},
@@ -207,7 +207,7 @@ Refusal parse(Call& c, View q, View k, View v, View k_cache, View v_cache, View 
     for (const View* t : {&k_cache, &v_cache})
         for (int i = 0; i < 4; ++i)
             if (t->shape[i] > 1 && t->stride[i] == 0) return "k_cache or v_cache: elements that share memory";
-    if (sinks < 0 || sinks > c.length - c.tokens) return "sinks: not 0 to the cache's tokens less the new ones";
+    if (sinks < 0 || sinks > c.length - c.tokens) return "sinks: not 0 to the cache's tokens less q's";
     const int64_t one[] = {c.samples};
     if (!has(index, one, DType::i32)) return "index: not [B] int32";
     c.index = Index{static_cast<const int32_t*>(index.data), index.stride[0]};
