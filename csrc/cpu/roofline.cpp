@@ -1,7 +1,7 @@
 // out[i] = whatever 4096 * rounds multiply-adds in registers come to: the peak of the instruction set in force
 //
-// Idea: eight chains are as many as two units of latency four keep busy. A bf16 is widened from the first cache, as kernels do;
-// an int8 product is what this rung has for it: pairs of u8 * i8 into i16, into i32, or int32 arithmetic.
+// Idea: eight chains are as many as two units of latency four keep busy. A bf16 is widened from the first cache, as kernels do,
+// or multiplied in pairs; an int8 product is what this rung has for it: four of u8 * i8 into i32, pairs into i16, or int32.
 // Takes: out float32 [items], an item a thread's; what = "f32", "bf16" or "int8". Not an op: the bench calls it.
 // Floor: itself. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/roofline.cpp
 #include "parallel.h"
@@ -24,6 +24,22 @@ float f32(int64_t rounds) {
     return total[0];
 }
 
+#if defined(__AVX512BF16__)  // pairs, without widening
+float half(int64_t rounds) {
+    __m512 sum[kChains] = {};
+    const __m512bh a = bit_cast<__m512bh>(U{} + 0x3f7f3f7fu), b = bit_cast<__m512bh>(U{} + 0x38d238d2u);
+    for (int64_t i = 0; i < rounds * (kProducts / kChains / (2 * kLanes)); ++i)
+#pragma GCC unroll 8
+        for (int k = 0; k < kChains; ++k) {
+            sum[k] = _mm512_dpbf16_ps(sum[k], a, b);
+            asm volatile("" : "+v"(sum[k]));  // or the sums would be one
+        }
+    F total = {};
+#pragma GCC unroll 8
+    for (int k = 0; k < kChains; ++k) total += sum[k];
+    return total[0];
+}
+#else
 float half(int64_t rounds) {
     alignas(64) bf16 line[kChains * kLanes];
     for (int k = 0; k < kChains * kLanes; ++k) line[k].bits = static_cast<uint16_t>(0x3f80 + k);
@@ -43,12 +59,19 @@ float half(int64_t rounds) {
     return total[0];
 }
 
+#endif
+
 float int8(int64_t rounds) {
     constexpr int kEach = 4 * kLanes;  // int8 of a vector
     alignas(64) int8_t line[kChains * kEach];
     std::memset(line, 3, sizeof line);
     I sum[kChains] = {};
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+    const __m512i b = _mm512_set1_epi8(-2);
+    const auto dot = [&](I s, I a) __attribute__((always_inline)) {
+        return bit_cast<I>(_mm512_dpbusd_epi32(bit_cast<__m512i>(s), bit_cast<__m512i>(a), b));
+    };
+#elif defined(__AVX512BW__)
     const __m512i b = _mm512_set1_epi8(-2), one = _mm512_set1_epi16(1);
     const auto dot = [&](I s, I a) __attribute__((always_inline)) {
         const __m512i pairs = _mm512_maddubs_epi16(bit_cast<__m512i>(a), b);

@@ -52,8 +52,10 @@ def cells(row: Row, rooflines: dict[str, Any] | None = None) -> list[str]:
 
 
 def percent_of_floor(row: Row, rooflines: dict[str, Any]) -> float | None:
-    """How much of the row's time its bytes, or its arithmetic in float32, need at the measured peaks."""
-    peak = (rooflines.get(row["rung"] or "") or rooflines.get("torch.mm") or {}).get("f32")
+    """How much of the row's time its bytes, or its arithmetic, need at the measured peaks: float32's, or bfloat16's of a rung
+    that multiplies these faster."""
+    peaks = rooflines.get(row["rung"] or "") or rooflines.get("torch.mm") or {}
+    peak = max(peaks.get(what) or 0.0 for what in (("f32", "bf16") if row["dtype"] == "bf16" else ("f32",)))
     copy = row.get("percent_of_copy")
     if copy is None:
         return None

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._decode import MOST
+from ..ops._rope import ROPES
 from . import _attention
 from ._attention import LOG2E, Tiles, against, line, nothing, plus, put, tile, times, weigh
 from ._norm import FLOATS
 
-MOST = 64  # new tokens
-ROPES = ("interleaved", "half")
 PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 LEAST = 128  # slots of a part
 NEW = tl.constexpr(16)  # new tokens that a program takes at a time
