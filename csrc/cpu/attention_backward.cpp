@@ -105,8 +105,8 @@ __attribute__((noinline)) void gradients(float* p, float* ds, int64_t width, flo
     for (int64_t j = 0; j < width; j += kLanes) {
         const F x = load(p + j), t = kLog2e * fma(x, splat(scale), splat(-base));
         const I beyond = t >= 128.0f;  // lse is the caller's
-        const F finite = choose(x == splat(-__builtin_inff()), F{}, exp2(choose(beyond, F{}, t))),
-                e = choose(beyond, splat(__builtin_inff()), finite);
+        const F any = choose(beyond, splat(__builtin_inff()), exp2(choose(beyond, F{}, t))),
+                e = choose(x == splat(-__builtin_inff()), F{}, any);  // last: a scale below 0 turns its sign
         store(p + j, e);
         store(ds + j, e * (load(ds + j) - delta));
     }

@@ -13,7 +13,8 @@ namespace {
 constexpr int kProducts = 4096, kChains = 8;
 
 float f32(int64_t rounds) {
-    F sum[kChains] = {};
+    F sum[kChains];
+    for (int k = 0; k < kChains; ++k) sum[k] = splat(static_cast<float>(k + 2));  // equal ones would be merged
     const F a = splat(0.9999f), b = splat(1e-4f);
     for (int64_t i = 0; i < rounds * (kProducts / kChains / kLanes); ++i)
 #pragma GCC unroll 8
@@ -26,14 +27,12 @@ float f32(int64_t rounds) {
 
 #if defined(__AVX512BF16__)  // pairs, without widening
 float half(int64_t rounds) {
-    __m512 sum[kChains] = {};
+    __m512 sum[kChains];
+    for (int k = 0; k < kChains; ++k) sum[k] = _mm512_set1_ps(static_cast<float>(k + 2));
     const __m512bh a = bit_cast<__m512bh>(U{} + 0x3f7f3f7fu), b = bit_cast<__m512bh>(U{} + 0x38d238d2u);
     for (int64_t i = 0; i < rounds * (kProducts / kChains / (2 * kLanes)); ++i)
 #pragma GCC unroll 8
-        for (int k = 0; k < kChains; ++k) {
-            sum[k] = _mm512_dpbf16_ps(sum[k], a, b);
-            asm volatile("" : "+v"(sum[k]));  // or the sums would be one
-        }
+        for (int k = 0; k < kChains; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], a, b);
     F total = {};
 #pragma GCC unroll 8
     for (int k = 0; k < kChains; ++k) total += sum[k];
@@ -58,7 +57,6 @@ float half(int64_t rounds) {
     for (int k = 0; k < kChains; ++k) total += sum[k];
     return total[0];
 }
-
 #endif
 
 float int8(int64_t rounds) {
