@@ -7,6 +7,8 @@ body is in its own dtype, plus 2 ulp of the largest result.
 from __future__ import annotations
 
 import mmap
+from functools import lru_cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -90,6 +92,7 @@ LAYOUTS = {
     "zeros": Zeros,
     "large-mean": LargeMean,
 }
+INTERPRETED = {False: ("drawn",), True: ("drawn", "strided", "large-mean")}  # float32?
 
 
 def rungs(op: str, device: str) -> list[str]:
@@ -128,6 +131,23 @@ def size(args) -> int:
     return sum(t.numel() for t in leaves(args) if isinstance(t, Tensor))
 
 
+@lru_cache(maxsize=None)
+def big(op, case, roomy: int = ROOMY) -> bool:
+    return size(op.bind((), case.args(Draw(torch.float32)))) > roomy
+
+
+class Expected(NamedTuple):
+    args: tuple
+    exact: list[Tensor]
+    reference: list[Tensor]
+
+
+@lru_cache(maxsize=1)  # the rungs of a case come one after another
+def expected(op, case, dtype: torch.dtype, layout: type[Draw], device: str) -> Expected:
+    args = op.bind((), case.args(layout(dtype, device)))
+    return Expected(args, oracle.exact(op, args), oracle.results(op, op.reference, args))
+
+
 class Guarded:
     """An allocator whose outputs are NaN, between guard bands that must survive."""
 
@@ -152,14 +172,11 @@ class Guarded:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
-    if rung == "triton" and interpreting() and dtype != "f32" and layout != "drawn":
-        pytest.skip("interpreted, a millisecond a program: float32 shows the layouts")
-    draw = LAYOUTS[layout](DTYPES[dtype], device)
-    args = op.bind((), case.args(draw))
-    if size(args) > ROOMY and layout not in ("drawn", "large-mean"):
+    if rung == "triton" and interpreting() and layout not in INTERPRETED[dtype == "f32"]:
+        pytest.skip("interpreted, a millisecond a program: test_verify.py draws layouts, too")
+    if big(op, case) and layout not in ("drawn", "large-mean"):
         pytest.skip("a big case runs as drawn")
-    exact = oracle.exact(op, args)
-    reference = oracle.results(op, op.reference, args)
+    args, exact, reference = expected(op, case, DTYPES[dtype], LAYOUTS[layout], device)
     guarded, given = Guarded(op, monkeypatch), fuzz.bits([t for t in leaves(args) if isinstance(t, Tensor)])
     with dk.rung(rung), torch.no_grad():
         got = oracle.results(op, op.call, args)
@@ -180,8 +197,7 @@ def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_small_integers_are_exact_where_the_definition_is(op, case, device, rung) -> None:
-    args = op.bind((), case.args(Integers(torch.float32, device)))
-    exact = oracle.exact(op, args)
+    args, exact, _ = expected(op, case, torch.float32, Integers, device)
     with dk.rung(rung), torch.no_grad():
         got = oracle.results(op, op.call, args)
     for g, e in zip(got, exact, strict=True):
@@ -227,12 +243,11 @@ def test_two_runs_are_bit_equal(op, case, device, rung) -> None:
 
 @pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_offsets_are_of_64_bits(op, case, device, rung) -> None:
-    if size(op.bind((), case.args(Draw(torch.float32)))) > 20_000:
+    if big(op, case, 20_000):
         pytest.skip("a small case has offsets as large")
-    args = op.bind((), case.args(Far(torch.float32, device)))
+    args, exact, reference = expected(op, case, torch.float32, Far, device)
     if not any(isinstance(t, Tensor) and t.ndim > 1 and t.shape[0] > 1 and t.stride(0) > 2**24 for t in leaves(args)):
         pytest.skip("one sample")
-    exact, reference = oracle.exact(op, args), oracle.results(op, op.reference, args)
     with dk.rung(rung), torch.no_grad():
         for g, e, r in zip(oracle.results(op, op.call, args), exact, reference, strict=True):
             oracle.compare(g, e, r, c=op.c, rms=False, own=oracle.own_error(exact, reference) if op.c > 1 else 0.0)
