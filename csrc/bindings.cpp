@@ -41,6 +41,7 @@ DType dtype_of(uint8_t code, uint8_t bits) {
     if (code == dlpack::kBfloat && bits == 16) return DType::bf16;
     if (code == dlpack::kInt && bits == 32) return DType::i32;
     if (code == dlpack::kInt && bits == 64) return DType::i64;
+    if (code == dlpack::kInt && bits == 8) return DType::i8;
     return code == dlpack::kBool ? DType::b8 : DType::other;
 }
 
@@ -318,6 +319,7 @@ py::list cpu_features() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx2) has.append("avx2");
     if (avx512) has.append("avx512");
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) has.append("avx512_vnni");
     if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) has.append("avx512_bf16");
 #endif
     return has;

@@ -16,7 +16,8 @@ class Case:
     """One named call of an op: what tests run and, where `model` names its origin, what the bench times.
 
     `make(draw, *shape)` returns the keyword arguments; `draw(*shape)` draws a tensor of the dtype under test,
-    `draw.f32(*shape)` one that is always float32, `draw.index(n)` a 0-dim int32 below n, `draw.seeds(n)` n random int64.
+    `draw.f32(*shape)` one that is always float32, `draw.codes(*shape)` one of int8 from -127, `draw.index(n)` a 0-dim int32
+    below n, `draw.seeds(n)` n random int64.
     Of a timed case `eager` is the formula as users write it today, `flops(*shape)` counts its floating point operations, and
     with `backward` the bench also times forward and backward, with every input's gradient.
     """
@@ -53,6 +54,9 @@ class Draw:
 
     def f32(self, *shape: int) -> Tensor:
         return self.lay(self.values(shape).to(self.device))
+
+    def codes(self, *shape: int) -> Tensor:
+        return self.lay(torch.randint(-127, 128, shape, generator=self.generator, dtype=torch.int8).to(self.device))
 
     def seeds(self, n: int) -> Tensor:
         return torch.randint(-(2**63), 2**63 - 1, (n,), generator=self.generator).to(self.device)

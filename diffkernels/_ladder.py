@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LADDER = {
     "cuda": ("sm90", "cuda", "triton", "reference"),
-    "cpu": ("avx512_bf16", "avx512", "avx2", "cpu", "reference"),
+    "cpu": ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "cpu", "reference"),
 }
 RUNGS = tuple(dict.fromkeys(LADDER["cuda"][:-1] + LADDER["cpu"]))
 

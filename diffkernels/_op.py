@@ -61,6 +61,7 @@ class Op:
         cases: Sequence[Case],
         c: float,
         writes: Sequence[str],
+        gradient: bool,
     ) -> None:
         self.name = body.__name__
         self.body = body
@@ -74,6 +75,7 @@ class Op:
         self.params = tuple((p.name, _KINDS[str(p.annotation)]) for p in parameters)
         self.names = tuple(self.signature.parameters)
         self.writes = tuple(self.names.index(name) for name in writes)
+        self.differentiable = gradient and not writes
         self.optional = {p.name: p.default for p in parameters if p.default is not p.empty}
         defaults = tuple(self.optional.values())
         self.tails = {len(self.names) - n: defaults[len(defaults) - n :] for n in range(len(defaults) + 1)}
@@ -88,7 +90,7 @@ class Op:
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         qualified = f"diffkernels::{self.name}"
         torch.library.register_fake(qualified, self._fake, lib=_library)
-        if writes:
+        if not self.differentiable:
             _library.impl(self.name, functools.partial(_writes.without_gradient, self), "Autograd")
         else:
             torch.library.register_autograd(qualified, self.gradient.backward, setup_context=self.gradient.save, lib=_library)
@@ -213,6 +215,7 @@ def op(
     cases: Sequence[Case],
     c: float = 1.0,
     writes: Sequence[str] = (),
+    gradient: bool = True,
 ) -> Callable[[Callable], Callable]:
     """Declares an op; the decorated function's body is its definition (wide accumulation and all).
 
@@ -220,9 +223,10 @@ def op(
     `check(*args)` raises on invalid arguments: it runs before the reference, in the fake kernel, and once a kernel refused.
     `fuzz(draw, pick)` returns random keyword arguments that are valid: what `diffkernels verify` calls the op with.
     A kernel's error may be `c` times the body's own in the same dtype.
-    `writes` names the arguments that the op writes to, as its body does; such an op has no gradient.
+    `writes` names the arguments that the op writes to, as its body does; such an op has no gradient, nor has one that says
+    `gradient=False`: where one is wanted, the call is refused.
     """
-    return lambda body: Op(body, allocate, check, fuzz, cases, c, writes).call
+    return lambda body: Op(body, allocate, check, fuzz, cases, c, writes, gradient).call
 
 
 def _describe(t: Tensor) -> tuple[Any, ...]:

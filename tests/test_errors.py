@@ -206,7 +206,7 @@ def ways(op: Op, args: dict[str, Any], name: str) -> Iterator[tuple[str, Callabl
     """Every way that a call may take, but for Triton's interpreter."""
     yield "plain", lambda: op.call(**args)
     yield "in order", lambda: op.call(*args.values())
-    if not op.writes:
+    if op.differentiable:
         yield "gradient", lambda: op.call(**requiring_grad(args, name))
     for rung in LADDER["cpu"]:
         if missing(rung, op.name, "cpu") is None:

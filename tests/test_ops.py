@@ -7,7 +7,7 @@ body is in its own dtype, plus 2 ulp of the largest result.
 from __future__ import annotations
 
 import mmap
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -131,7 +131,7 @@ def size(args) -> int:
     return sum(t.numel() for t in leaves(args) if isinstance(t, Tensor))
 
 
-@lru_cache(maxsize=None)
+@cache
 def big(op, case, roomy: int = ROOMY) -> bool:
     return size(op.bind((), case.args(Draw(torch.float32)))) > roomy
 
@@ -202,7 +202,7 @@ def test_small_integers_are_exact_where_the_definition_is(op, case, device, rung
         got = oracle.results(op, op.call, args)
     for g, e in zip(got, exact, strict=True):
         whole = e == e.round()  # a solver step's results; none of a norm's but its zeros
-        if whole.all():
+        if whole.all() and e.dtype.is_floating_point:  # 63.5 is a code's tie
             assert torch.equal(g.double(), e)
 
 
@@ -287,7 +287,7 @@ def every_case() -> list:
 
 
 def differentiable() -> list:
-    return [p for p in every_case() if not p.values[0].writes]
+    return [p for p in every_case() if p.values[0].differentiable]
 
 
 def requiring_grad(args) -> tuple:
@@ -350,7 +350,7 @@ def test_opcheck(op, case) -> None:
     if size(args) > ROOMY:
         pytest.skip("a small case says the same")
     torch.library.opcheck(op._overload, args)
-    if not op.writes:
+    if op.differentiable:
         torch.library.opcheck(op._overload, requiring_grad(args))
 
 
@@ -368,7 +368,7 @@ def test_compile_fullgraph_with_dynamic_shapes(op) -> None:
         draw = Longer(torch.float32)
         draw.longer = longer and op.name == "norm_modulate"
         given = op.bind((), case.args(draw))
-        return given if op.writes else requiring_grad(given)
+        return requiring_grad(given) if op.differentiable else given
 
     frames = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *a: [o * 2 for o in leaves(op.call(*a))], fullgraph=True, dynamic=True, backend=frames)
@@ -378,7 +378,7 @@ def test_compile_fullgraph_with_dynamic_shapes(op) -> None:
         out, expected = compiled(*a), [o * 2 for o in leaves(op.call(*b))]
         for o, e in zip(out, expected, strict=True):
             torch.testing.assert_close(o, e)
-        for results in () if op.writes else (out, expected):
+        for results in (out, expected) if op.differentiable else ():
             sum(o.sum() for o in results).backward()
         for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
             if isinstance(x, Tensor) and x.requires_grad and x.grad is not None:

@@ -38,7 +38,7 @@ def guarded(t: Tensor) -> tuple[Tensor, Tensor]:
     pad = BAND // t.element_size()
     buffer = torch.full([t.numel() + 2 * pad], 7, dtype=t.dtype, device=t.device)
     inner = buffer[pad : pad + t.numel()]
-    inner.fill_(torch.nan if t.dtype.is_floating_point else -1)
+    inner.fill_(torch.nan if t.dtype.is_floating_point else torch.iinfo(t.dtype).min)
     return inner.view(t.shape), buffer
 
 

@@ -10,11 +10,15 @@ from torch import Tensor
 from .._case import Draw, Pick
 
 
+def poison(dtype: torch.dtype) -> float:
+    return torch.nan if dtype.is_floating_point else -128
+
+
 def strided(t: Tensor) -> Tensor:
     """Every second element of a larger buffer."""
     if t.ndim == 0:
         return t
-    buffer = torch.full([2 * n + 1 for n in t.shape], torch.nan, dtype=t.dtype, device=t.device)
+    buffer = torch.full([2 * n + 1 for n in t.shape], poison(t.dtype), dtype=t.dtype, device=t.device)
     return buffer[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
 
 
@@ -22,7 +26,7 @@ def sliced(t: Tensor) -> Tensor:
     """The first columns of a wider buffer."""
     if t.ndim == 0:
         return t
-    buffer = torch.full([*t.shape[:-1], 2 * t.shape[-1] + 3], torch.nan, dtype=t.dtype, device=t.device)
+    buffer = torch.full([*t.shape[:-1], 2 * t.shape[-1] + 3], poison(t.dtype), dtype=t.dtype, device=t.device)
     return buffer[..., : t.shape[-1]].copy_(t)
 
 
@@ -34,7 +38,7 @@ def transposed(t: Tensor) -> Tensor:
 
 def misaligned(t: Tensor) -> Tensor:
     """One element past an aligned address."""
-    buffer = torch.full([t.numel() + 1], torch.nan, dtype=t.dtype, device=t.device)
+    buffer = torch.full([t.numel() + 1], poison(t.dtype), dtype=t.dtype, device=t.device)
     return buffer[1:].view(t.shape).copy_(t)
 
 

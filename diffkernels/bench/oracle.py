@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from .._op import Op
 
 ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-RMS = {torch.float64: 1e-12, torch.float32: 2e-7, torch.float16: 2.6e-4, torch.bfloat16: 2.1e-3}
+ULP[torch.int8] = 1 / 252  # of a code up to 127: a tie may fall to either side
+RMS = {torch.float64: 1e-12, torch.float32: 2e-7, torch.float16: 2.6e-4, torch.bfloat16: 2.1e-3, torch.int8: 2e-3}
 
 
 def widened(args: Any) -> Any:
@@ -43,6 +44,7 @@ def own_error(exact: list[Tensor], reference: list[Tensor]) -> float:
 
 
 SMALLEST = {torch.float64: 2.0**-1022, torch.float32: 2.0**-126, torch.float16: 2.0**-14, torch.bfloat16: 2.0**-126}  # normal
+SMALLEST[torch.int8] = 1.0
 
 
 def compare(
