@@ -41,7 +41,8 @@ DType dtype_of(uint8_t code, uint8_t bits) {
     if (code == dlpack::kBfloat && bits == 16) return DType::bf16;
     if (code == dlpack::kInt && bits == 32) return DType::i32;
     if (code == dlpack::kInt && bits == 64) return DType::i64;
-    if (code == dlpack::kInt && bits == 8) return DType::i8;
+    if (bits == 8 && code == dlpack::kInt) return DType::i8;
+    if (bits == 8 && code == dlpack::kUInt) return DType::u8;
     return code == dlpack::kBool ? DType::b8 : DType::other;
 }
 

@@ -29,7 +29,7 @@
 
 namespace dk {
 
-enum class DType : int8_t { f32, f16, bf16, i32, i64, b8, i8, other };
+enum class DType : int8_t { f32, f16, bf16, i32, i64, b8, i8, u8, other };
 
 // A borrowed tensor. Shape and strides are in elements, not bytes; an absent optional has ndim < 0.
 struct View {

@@ -31,7 +31,7 @@ _KINDS = {
 _REAL = (float, int, torch.SymFloat)
 _PYTHON = {"int": (int, torch.SymInt), "float": _REAL, "float?": (*_REAL, type(None)), "str": (str,), "bool": (bool,)}
 _DEVICES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
-_CODES = {torch.bfloat16: (4, 16), torch.int32: (0, 32), torch.int64: (0, 64), torch.bool: (6, 8)}
+_CODES = {torch.bfloat16: (4, 16), torch.int32: (0, 32), torch.int64: (0, 64), torch.int8: (0, 8), torch.bool: (6, 8)}
 _NOTHING = dict.fromkeys(_DEVICES)
 _library = torch.library.Library("diffkernels", "DEF")
 

@@ -210,7 +210,7 @@ def test_small_integers_are_exact_where_the_definition_is(op, case, device, rung
 def test_nan_and_infinity_stay_in_their_sample(op, case, device, rung) -> None:
     clean = op.bind((), case.args(Draw(torch.float32, device)))
     names = [name for name, _ in op.params]
-    if "x" not in names:
+    if "x" not in names or not clean[names.index("x")].is_floating_point():
         pytest.skip("no sample")
     x = clean[names.index("x")]
     if x.ndim < 2 or x.shape[0] < 2 or x.numel() == 0:

@@ -6,6 +6,7 @@ from .decode_attention import decode_attention
 from .depthwise_conv2d import depthwise_conv2d
 from .gate_residual_norm import gate_residual_norm
 from .geglu import geglu
+from .linear_w8a8 import linear_w8a8, pack_w8, unpack_w8
 from .norm_backward import norm_backward
 from .norm_modulate import norm_modulate
 from .qkv_prep import qkv_prep
@@ -23,8 +24,10 @@ __all__ = [
     "depthwise_conv2d",
     "gate_residual_norm",
     "geglu",
+    "linear_w8a8",
     "norm_backward",
     "norm_modulate",
+    "pack_w8",
     "qkv_prep",
     "row_abs_quantile",
     "row_covariance",
@@ -32,4 +35,5 @@ __all__ = [
     "solver_step",
     "td_params",
     "td_params_backward",
+    "unpack_w8",
 ]
