@@ -103,6 +103,15 @@ def geglu(t):
         yield "_kernel", pointers("y", t) | matrices("a b", t) | {"D": "i32", "TANH": tanh, "BLOCK": 1024}, 4
 
 
+def linear_w8a8(t):
+    "Every epilogue, at the tile of many rows and that of few; codes come by cp.async or in words."
+    given = {"y": "*" + t, "weight": "*u8", "weight_scale": ("*fp32", 1), "x_scale": ("*fp32", 1)} | integers("M N K")
+    given |= {"x": ("*i8", "i32", 1), "bias": ("*" + t, 1)} | operands("gate", t) | matrices("residual", t)
+    for activation, rows, block, step in (("TANH", 64, 64, 32), ("GELU", 64, 64, 32), ("SILU", 16, 64, 128)):
+        which = {name: name == activation for name in ("GELU", "TANH", "SILU")}
+        yield "_kernel", given | which | {"ROWS": rows, "BLOCK": block, "STEP": step}, 8, "LDG", "STG" if rows < 64 else ""
+
+
 def depthwise_conv2d(t):
     given = pointers("y x weight bias", t) | integers("x_sample x_line x_pixel H W C pixels") | {"x_channel": 1}
     yield "_kernel", given | {"KH": 7, "KW": 7, "RESIDUAL": True, "PIXELS": 32, "CHANNELS": 64}, 4
