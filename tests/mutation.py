@@ -209,6 +209,27 @@ MUTATIONS = [
         kernel("attention_backward"),
     ),
     Mutation(
+        "the codes' offset left in the sums",
+        "csrc/cpu/linear_w8a8.cpp",
+        "bit_cast<I>(sum - static_cast<uint32_t>(offsets[r]))",
+        "bit_cast<I>(sum)",
+        kernel("linear_w8a8"),
+    ),
+    Mutation(
+        "the last inputs of a row left out of the sums",
+        "csrc/cpu/linear_w8a8.cpp",
+        "x ? c.depth % kDepth : 0",
+        "0",
+        kernel("linear_w8a8"),
+    ),
+    Mutation(
+        "a row's scale taken from its tile's first",
+        "csrc/cpu/linear_w8a8.cpp",
+        "c.scale_rows.offset<int64_t>(row + r)",
+        "c.scale_rows.offset<int64_t>(row)",
+        kernel("linear_w8a8"),
+    ),
+    Mutation(
         "an operand of another dtype let through",
         "csrc/cpu/geglu.cpp",
         "!b.same_shape(a) || b.dtype != a.dtype",

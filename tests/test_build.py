@@ -181,7 +181,7 @@ def test_objects_export_their_entries_and_nothing_else(objects, rung) -> None:
 # Inner loops
 
 Instruction = tuple[int, str, str]  # address, mnemonic, operands
-FMA = re.compile(r"vfn?m(?:add|sub)(?:132|213|231)ps")
+FMA = re.compile(r"vfn?m(?:add|sub)(?:132|213|231)ps|vdpbf16ps|vpdpbusd|vpmaddwd")
 # A spilled register's place; with an index it is an array. %rbp is any register where it holds no frame.
 SLOT = {True: re.compile(r"\(%r[sb]p\)"), False: re.compile(r"\(%rsp\)")}
 
@@ -245,7 +245,7 @@ def innermost_loops(code: list[Instruction]) -> Iterator[list[Instruction]]:
 
 
 def hot_loops(obj: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every innermost loop with two packed FMAs or more and no call: its function, and the vectors it keeps on the stack."""
+    """Every innermost loop with two packed multiply-adds or more and no call: its function, its vectors on the stack."""
     for name, code in functions(obj).items():
         slot = SLOT[any(o == "%rsp,%rbp" for _, _, o in code)]
         for loop in innermost_loops(code):

@@ -62,6 +62,7 @@ def test_bundled_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         settings = json.loads(image.info["diffkernels"])
     assert settings == {
         "model": "digits",
+        "quantize": None,
         "solver": "dpmpp_2m",
         "options": {},
         "steps": 4,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .._case import Case
 from .._op import Op
+from ..ops.linear_w8a8 import ACTIVATIONS, DTYPES, unpack_w8
 
 Call = Callable[[], Any]
 Bind = Callable[[dict[str, Any]], Call]
@@ -212,16 +213,34 @@ def xformers(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     return lambda given: lambda: attend(given["q"], given["k"], given["v"], scale=scale)
 
 
-def torchao(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
-    """torchao's dynamic W8A8 linear layer."""
-    if not {"x", "weight"} <= kwargs.keys() or "linear" not in op.name:
+def _float_linear(op: Op, kwargs: dict[str, Any]) -> tuple[nn.Linear, Callable[[Tensor], Tensor], Tensor]:
+    """What a quantized Linear's codes stand for, in the result's dtype: the layer, what follows it, and its input."""
+    if op.name != "linear_w8a8":
         raise Skip("stands in for quantized linear layers only")
+    if kwargs.get("gate") is not None or kwargs.get("residual") is not None:
+        raise Skip("has neither gate nor residual")
+    x, scale, dtype = kwargs["x"], kwargs["weight_scale"], DTYPES[kwargs["dtype"]]
+    codes = unpack_w8(kwargs["weight"], scale.shape[0], x.shape[-1])
+    bias = kwargs.get("bias")
+    layer = nn.Linear(x.shape[-1], scale.shape[0], bias=bias is not None, device=x.device, dtype=dtype).requires_grad_(False)
+    layer.weight.copy_(codes * scale.unsqueeze(-1))
+    if bias is not None:
+        layer.bias.copy_(bias)
+    return layer, ACTIVATIONS[kwargs.get("activation", "none")], (x * kwargs["x_scale"].unsqueeze(-1)).to(dtype)
+
+
+def linear(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """PyTorch's Linear of the case's dtype, not quantized at all."""
+    layer, activation, x = _float_linear(op, kwargs)
+    return lambda given: lambda: activation(layer(x))
+
+
+def torchao(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """torchao's dynamic W8A8 linear layer, which finds its input's codes itself."""
+    layer, activation, x = _float_linear(op, kwargs)
     quantization = _library("torchao.quantization")
-    rows, columns = kwargs["weight"].shape
-    layer = nn.Linear(columns, rows, bias=False)
-    layer.weight = nn.Parameter(kwargs["weight"].float(), requires_grad=False)
     quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig())
-    return lambda given: lambda: layer(given["x"])
+    return lambda given: lambda: activation(layer(x))
 
 
 PEERS: dict[str, Callable[[Op, Case, dict[str, Any]], Bind]] = {
@@ -230,6 +249,7 @@ PEERS: dict[str, Callable[[Op, Case, dict[str, Any]], Bind]] = {
     "liger": liger,
     "openvino": openvino,
     "onnxruntime": onnxruntime,
+    "linear": linear,
     "torchao": torchao,
     "sdpa-flash": functools.partial(sdpa, "FLASH_ATTENTION"),
     "sdpa-efficient": functools.partial(sdpa, "EFFICIENT_ATTENTION"),

@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import RungError, __version__, digits, running
 from ..models import DiMR, DiT, load
 from ..models.checkpoint import describe
+from ..quantize import RECIPES, Recipe, quantize_
 from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler, dpm_adaptive
 from ..sampling.schedules import FINALS
 
@@ -54,6 +55,7 @@ def register(subparsers: Any) -> None:
     """Adds the subcommand to argparse's `subparsers`; its namespace holds `run`."""
     parser = subparsers.add_parser("sample", help="make pictures with a small diffusion model", description=__doc__)
     parser.add_argument("--model", default="digits", help=f"{', '.join(BUNDLED)}, or a .safetensors file (default: digits)")
+    parser.add_argument("--quantize", choices=RECIPES, help="the model's Linear layers in 8 bits (default: as they are)")
     parser.add_argument("--solver", default="dpmpp_2m", choices=[*SOLVERS, ADAPTIVE], help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default: %(default)s)")
     parser.add_argument(
@@ -127,6 +129,8 @@ def _run(args: argparse.Namespace) -> None:
     if len(classes) * args.per_class > MOST:
         raise Refused(f"--per-class: expected at most {MOST} pictures in all, got {len(classes)} × {args.per_class}")
     model, about = _model(args.model)
+    if args.quantize and not quantize_(model, Recipe(args.quantize, min_elements=0)).quantized:
+        raise Refused(f"--quantize: {args.model} has no Linear layer that can be quantized")
     highest = model.labels - 1
     if max(classes) > highest:
         raise Refused(f"--classes: {args.model} has the labels 0 to {highest}, got {max(classes)}")
@@ -143,6 +147,7 @@ def _run(args: argparse.Namespace) -> None:
         seconds, nfe = time.perf_counter() - start, sampler.nfe(args.steps)
         settings = {
             "model": args.model,
+            "quantize": args.quantize,
             "solver": args.solver,
             "options": _options(args),
             "steps": args.steps,
@@ -289,7 +294,8 @@ def _evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{args.model}: {args.solver}, {_steps(args)}, guidance {args.guidance:g}, {len(labels)} pictures a seed"
+    name = f"{args.model}{f' in {args.quantize}' if args.quantize else ''}"
+    title = f"{name}: {args.solver}, {_steps(args)}, guidance {args.guidance:g}, {len(labels)} pictures a seed"
     ran = None if args.quiet else ", ".join(f"{op}: {running(op)}" for op in OPS[type(model)])
     table = Table("", "read as meant", "Fréchet distance to the training images", title=title, caption=ran)
     for seed, (accuracy, distance) in enumerate(found, start=args.seed):

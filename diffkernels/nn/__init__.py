@@ -14,6 +14,7 @@ from .norms import (
     TimeDependentRMSNorm,
     TimeTable,
 )
+from .quantized import QuantizedLinear
 from .rope import axial_rope, rope_table
 from .stack import Stack, StackedLinear
 from .transformer import Attention, Mlp, attend
@@ -28,6 +29,7 @@ __all__ = [
     "LabelEmbedder",
     "Mlp",
     "PatchEmbed",
+    "QuantizedLinear",
     "RMSNorm",
     "ScheduledTimes",
     "Stack",

@@ -1,0 +1,80 @@
+"""Linear layers of 8-bit codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear whose weight and input are 8-bit codes, for inference: [..., in_features] -> [..., out_features].
+
+    The weight has one scale an output, the input one a row, found anew in each call: nothing is calibrated. The result has
+    the input's dtype. A state dict holds `qweight`, int8 [out_features, in_features], `weight_scale`, float32
+    [out_features], and `bias`: what any machine packs for itself when it loads them.
+    """
+
+    packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.register_buffer("packed", ops.pack_w8(codes), persistent=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> QuantizedLinear:
+        """The same map, its weight rounded to codes of one scale an output; the bias is `linear`'s own."""
+        made = cls(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+        with torch.no_grad():
+            codes, made.weight_scale = ops.act_quantize(linear.weight)
+            made.packed = ops.pack_w8(codes)
+        made.bias = linear.bias
+        return made.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for, float32, or the bias's dtype: for a look; no product uses it."""
+        codes = ops.unpack_w8(self.packed, self.out_features, self.in_features)
+        weight = codes * self.weight_scale.unsqueeze(-1)
+        return weight if self.bias is None else weight.to(self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = ops.act_quantize(x)
+        dtype = str(x.dtype).removeprefix("torch.")
+        return ops.linear_w8a8(codes, scale, self.packed, self.weight_scale, self.bias, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:  # .half() and .to(dtype) are about the model's arithmetic
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "qweight"] = ops.unpack_w8(self.packed, self.out_features, self.in_features)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        codes, shape = state_dict.pop(prefix + "qweight", None), (self.out_features, self.in_features)
+        if codes is None:
+            missing.append(prefix + "qweight")
+        elif tuple(codes.shape) != shape or codes.dtype != torch.int8:
+            errors.append(f"{prefix}qweight: expected int8 {list(shape)}, got {codes.dtype} {list(codes.shape)}")
+        else:
+            self.packed = ops.pack_w8(codes).to(self.packed.device if not self.packed.is_meta else codes.device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)

@@ -1,0 +1,143 @@
+"""Models in 8 bits: a recipe says how, the report says what was done to which layer, what it costs, and what was left alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .nn.quantized import QuantizedLinear
+
+RECIPES = ("int8",)
+# The first and the last layers and the modulations: few of a model's products, much of its error (Q-DiT, ViDiT-Q).
+SENSITIVE = ("*embed*", "*adaLN*", "*norm*.linear", "final_layer*", "proj_out*")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `quantize_` treats a model.
+
+    `kind`: "int8", codes of one scale an output for the weight and one a row, found in each call, for the input.
+    `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
+    `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights
+    smaller than this stay: their products take less time than the codes.
+    Raises ValueError for an unknown kind or a `min_elements` below 0.
+    """
+
+    kind: str = "int8"
+    skip: Sequence[str] = SENSITIVE
+    filter_fn: Callable[[str, nn.Module], bool] | None = None
+    min_elements: int = 2**14
+
+    def __post_init__(self) -> None:
+        if self.kind not in RECIPES:
+            raise ValueError(f"kind: expected one of {', '.join(RECIPES)}, got {self.kind!r}")
+        if self.min_elements < 0:
+            raise ValueError(f"min_elements: expected 0 or more, got {self.min_elements}")
+        if isinstance(self.skip, str):
+            raise ValueError(f"skip: expected a list of patterns, got the string {self.skip!r}")
+
+    def reason(self, name: str, layer: nn.Module) -> str | None:
+        """Why a layer is left alone, or None where it is quantized."""
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.skip):
+            return "skipped by name"
+        if self.filter_fn is not None and not self.filter_fn(name, layer):
+            return "not wanted by filter_fn"
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            return "no kernel for convolutions"
+        if type(layer) is not nn.Linear or hasattr(layer, "parametrizations"):
+            return f"a subclass or a parametrization: {type(layer).__name__}"
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return "has hooks"
+        if not layer.weight.is_floating_point() or layer.weight.dtype == torch.float64 or layer.weight.is_meta:
+            return f"its weight is {layer.weight.dtype} on {layer.weight.device}"
+        if layer.weight.numel() < max(1, self.min_elements):
+            return f"fewer than {self.min_elements} weights"
+        if not layer.weight.isfinite().all():
+            return "its weight is not finite"
+        return None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One line of a `Report`: `sqnr`, dB, is the weight's power over that of its rounding; bytes are the weight's."""
+
+    name: str
+    kind: str | None
+    shape: tuple[int, ...]
+    before: int
+    after: int
+    sqnr: float = math.nan
+    reason: str | None = None
+
+
+@dataclass
+class Report:
+    """What `quantize_` did. `str(report)` is a table."""
+
+    layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.kind is not None]
+
+    def __str__(self) -> str:
+        wide = max([len("layer"), *(len(layer.name) for layer in self.layers)])
+        rows = [f"{'layer':<{wide}}  {'weight':>14}  {'recipe':<6}  {'SQNR':>7}  why not"]
+        for layer in self.layers:
+            shape = "×".join(map(str, layer.shape))
+            sqnr = "" if layer.kind is None else f"{layer.sqnr:.1f} dB"
+            rows.append(f"{layer.name:<{wide}}  {shape:>14}  {layer.kind or '–':<6}  {sqnr:>7}  {layer.reason or ''}".rstrip())
+        before, after = (sum(getattr(layer, when) for layer in self.layers) for when in ("before", "after"))
+        rows.append(f"{len(self.quantized)} of {len(self.layers)} layers; weights {before / 1e6:.2f} -> {after / 1e6:.2f} MB")
+        return "\n".join(rows)
+
+
+def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
+    """Replaces the Linear layers of `model` by ones of 8-bit codes, in place, for inference; no data is needed.
+
+    Args:
+        model: any module; a layer that stands in several places stays one.
+        recipe: a `Recipe`, or the name of a kind.
+
+    Returns:
+        A `Report` with a line for every Linear and convolution.
+
+    Raises:
+        TypeError: `model` or `recipe` is something else. ValueError: an unknown kind.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    recipe = Recipe(recipe) if isinstance(recipe, str) else recipe
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe: expected a Recipe or a kind's name, got {type(recipe).__name__}")
+    report, made = Report(), dict[nn.Module, nn.Module]()
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+            continue
+        why = "the model itself: put it into a module" if layer is model else recipe.reason(name, layer)
+        size = layer.weight.numel() * layer.weight.element_size()
+        shape = tuple(layer.weight.shape)
+        if why is not None:
+            report.layers.append(Layer(name, None, shape, size, size, reason=why))
+            continue
+        assert isinstance(layer, nn.Linear)
+        made[layer] = new = QuantizedLinear.of(layer)
+        codes = new.packed.numel() + 4 * new.out_features
+        report.layers.append(Layer(name, recipe.kind, shape, size, codes, sqnr(layer.weight, new.weight)))
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # named_children gives a layer of two names once
+            if child in made:
+                setattr(parent, name, made[child])
+    return report
+
+
+def sqnr(exact: Tensor, other: Tensor) -> float:
+    """The power of `exact` over that of its difference to `other`, in dB; infinite where they are equal."""
+    exact, other = exact.detach().double(), other.detach().double()
+    noise = (exact - other).square().sum().item()
+    return math.inf if noise == 0 else 10 * math.log10(max(exact.square().sum().item(), 1e-300) / noise)
