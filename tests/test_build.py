@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -128,7 +128,7 @@ def test_cmake_is_understood_and_builds_every_kernel() -> None:
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="an x86-64 compiler's flags")
 
 
-@lru_cache(maxsize=None)
+@cache
 def left_by_cmake(rung: str, source: str) -> Path | None:
     """The object that an installation of this tree has left behind, where no source that goes into it is newer: as they are
     compiled for users, and without doing it again."""

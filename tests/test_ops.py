@@ -7,7 +7,7 @@ body is in its own dtype, plus 2 ulp of the largest result.
 from __future__ import annotations
 
 import mmap
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import pytest
@@ -131,7 +131,7 @@ def size(args) -> int:
     return sum(t.numel() for t in leaves(args) if isinstance(t, Tensor))
 
 
-@lru_cache(maxsize=None)
+@cache
 def big(op, case, roomy: int = ROOMY) -> bool:
     return size(op.bind((), case.args(Draw(torch.float32)))) > roomy
 
