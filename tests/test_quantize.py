@@ -44,7 +44,7 @@ def test_sums_are_exact_where_every_product_is_the_largest() -> None:
             with dk.rung(rung):
                 y = ops.linear_w8a8(x, torch.ones(2), ops.pack_w8(w), torch.ones(2), dtype="float32")
             assert torch.equal(y, torch.full((2, 2), float(-127 * 127 * k)).float()), (rung, k)
-    with pytest.raises(ValueError, match="x: expected .* K up to 133144"):
+    with pytest.raises(ValueError, match=r"x: expected .* K up to 133144"):
         ops.linear_w8a8(torch.zeros(1, 133_145, dtype=torch.int8), torch.ones(1), ops.pack_w8(w), torch.ones(2))
 
 
@@ -145,7 +145,7 @@ def test_the_report_has_every_layer_and_the_reason() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(TypeError, match="model: expected an nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got int"):
         quantize_(3)
     with pytest.raises(ValueError, match="kind: expected one of int8, got 'int3'"):
         quantize_(nn.Linear(2, 2), "int3")
