@@ -1,5 +1,6 @@
 """Fast kernels for diffusion models, with a plain PyTorch reference under each of them."""
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -17,22 +18,24 @@ __all__ = [
     "Recipe",
     "RungError",
     "__version__",
+    "compare",
     "disable_sdpa",
     "enable_sdpa",
     "explain",
+    "load",
     "ops",
     "quantize_",
     "rung",
     "running",
+    "save",
     "scaled_dot_product_attention",
 ]
 
-_LAZY = ("Recipe", "quantize_")
+_LAZY = {"Recipe": "quantize", "compare": "_compare", "load": "models", "quantize_": "quantize", "save": "models"}
 
 
-def __getattr__(name: str) -> Any:  # modules above the ops are imported by those who use them
+def __getattr__(name: str) -> Any:  # what stands above the ops is imported by those who use it
     if name in _LAZY:
-        from . import quantize
-
-        return getattr(quantize, name)
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

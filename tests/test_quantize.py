@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import nn
 
 import diffkernels as dk
 from diffkernels import ops
-from diffkernels.models import dit
+from diffkernels._case import Draw
+from diffkernels.models import CheckpointError, dit
 from diffkernels.nn import QuantizedLinear
 from diffkernels.quantize import Recipe, quantize_, sqnr
 
@@ -49,7 +53,7 @@ def test_sums_are_exact_where_every_product_is_the_largest() -> None:
 
 
 def test_rungs_agree_to_the_bit() -> None:
-    call = next(c for c in ops.linear_w8a8.op.cases if c.name == "gated").args(dk.ops.linear_w8a8.op.cases and _draw())
+    call = next(c for c in ops.linear_w8a8.op.cases if c.name == "gated").args(Draw(torch.float32))
     call |= {"activation": "none", "gate": None, "residual": None, "bias": None}
     found = []
     for rung in ("cpu", "avx2", "avx512", "avx512_vnni"):
@@ -57,12 +61,6 @@ def test_rungs_agree_to_the_bit() -> None:
             with dk.rung(rung):
                 found.append(ops.linear_w8a8(**call))
     assert all(torch.equal(found[0], other) for other in found[1:])
-
-
-def _draw():
-    from diffkernels._case import Draw
-
-    return Draw(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -169,7 +167,7 @@ def test_a_wanted_gradient_is_refused_by_name() -> None:
 def test_a_transformer_with_outlier_channels_stays_close() -> None:
     """DiT-S/8 of random weights, a thousandth of the channels fifty times as large."""
     torch.manual_seed(0)
-    model = dit("DiT-S/8", num_classes=10).eval()
+    model = dit("S/8", num_classes=10, input_size=32).eval()
     for p in model.parameters():
         if p.ndim == 2:
             p.normal_(0, p.shape[1] ** -0.5)
@@ -179,3 +177,81 @@ def test_a_transformer_with_outlier_channels_stays_close() -> None:
     report = quantize_(model)
     assert len(report.quantized) == 12 * 4
     assert relative(model(x, t, y), exact) < 0.05
+
+
+def test_comparison_names_the_layer_that_differs() -> None:
+    torch.manual_seed(0)
+    a = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    b = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    b.load_state_dict(a.state_dict())
+    b[2].weight.mul_(1.01)
+    b[2].bias.mul_(1.01)
+    x = torch.randn(4, 8)
+    found = dk.compare(b, a, x)
+    assert [line.name for line in found] == ["0", "1", "2", ""]
+    assert [line.relative for line in found[:2]] == [0, 0] and found[0].sqnr == float("inf")
+    assert found.worst.name == "2" and found[-1].relative == pytest.approx(0.01, rel=1e-4)
+    assert found[-1].sqnr == pytest.approx(40, abs=0.01) and found[-1].cosine == pytest.approx(1)
+    assert "the model" in str(found) and not a[0]._forward_hooks
+    assert dk.compare(b, a, {"input": x})[-1] == found[-1] == dk.compare(b, a, [x])[-1]
+    with pytest.raises(ValueError, match="model: expected it and the reference to return one"):
+        dk.compare(nn.Linear(8, 3), a, x)
+
+
+def test_a_quantized_model_is_saved_and_loaded_whole(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = dit("S/8", num_classes=10, input_size=16).eval()
+    quantize_(model)
+    path = tmp_path / "q.safetensors"
+    dk.save(model, path, about={"data": "none"})
+    again = dk.load(path)
+    x, t, y = torch.randn(2, 4, 16, 16), torch.rand(2) * 1000, torch.tensor([1, 2])
+    assert torch.equal(again(x, t, y), model(x, t, y))
+    assert isinstance(again.blocks[0].mlp.fc1, QuantizedLinear) and path.stat().st_size < 60e6
+    dk.save(model, path, dtype=torch.bfloat16)
+    half = dk.load(path)
+    assert torch.equal(half.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+    other = dit("S/8", num_classes=10, input_size=16)
+    with pytest.raises(CheckpointError, match="misses"):
+        dk.load(path, other)
+    quantize_(other)
+    dk.load(path, other)
+    assert torch.equal(other.blocks[3].attn.qkv.packed, model.blocks[3].attn.qkv.packed)
+
+
+def rewritten(path, change) -> None:
+    with safe_open(path, framework="pt") as file:
+        state, found = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["diffkernels"])  # noqa: SIM118
+    change(state, found)
+    path.write_bytes(save(state, metadata={"diffkernels": json.dumps(found)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda _, found: found["quantized"].update(kind="int3"), "quantized: expected kind 'int8'"),
+        (
+            lambda _, found: found["quantized"]["layers"].append("blocks.0"),
+            "expected the names of Linear layers, got 'blocks.0'",
+        ),
+        (lambda _, found: found["quantized"]["layers"].append(3), "expected the names of Linear layers, got 3"),
+        (lambda _, found: found["quantized"]["layers"].pop(), "misses"),
+        (
+            lambda state, _: state.update({"blocks.0.attn.qkv.qweight": state["blocks.0.attn.qkv.qweight"].float()}),
+            "qweight: expected I8; got F32",
+        ),
+        (lambda state, _: state["blocks.0.attn.qkv.weight_scale"].fill_(torch.inf), "weight_scale: expected finite numbers"),
+        (
+            lambda state, _: state.update({"blocks.0.attn.qkv.qweight": state["blocks.0.attn.qkv.qweight"][1:].clone()}),
+            r"qweight: expected shape \[1152, 384\]",
+        ),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, change, words) -> None:
+    model = dit("S/8", num_classes=10, input_size=16, depth=1)
+    quantize_(model)
+    path = tmp_path / "q.safetensors"
+    dk.save(model, path)
+    rewritten(path, change)
+    with pytest.raises(CheckpointError, match=words):
+        dk.load(path)

@@ -1,7 +1,8 @@
 """Weights in safetensors files: everything is checked before anything is loaded, and nothing is unpickled.
 
 A file of ours carries one metadata entry, "diffkernels", a JSON object: {"format": 1, "arch": "DiT", "config": {…},
-"about": {…}}. Converted official weights have none; they load into a model that the caller has built.
+"about": {…}}, and of a quantized model also "quantized": {"kind": "int8", "layers": […]}. Converted official weights have
+none; they load into a model that the caller has built.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+
+from ..nn import QuantizedLinear
 
 FORMAT = 1
 KEY = "diffkernels"
@@ -44,8 +47,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """Loads a safetensors file into `model`, or into a new float32 model on the CPU that its metadata describes.
 
     Names and shapes must be the model's own, and its configuration where the file has one; the numbers are finite floats
-    of any width, and are converted to the dtype and device of the model's parameters. If anything is wrong, the model is
-    left as it was.
+    of any width, and are converted to the dtype and device of the model's parameters. A quantized model's codes are int8, and
+    packed for this machine; a given model must be quantized as the file's was. If anything is wrong, the model is left as it
+    was.
 
     Returns:
         The model, in evaluation mode where it is new.
@@ -68,8 +72,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             shape, dtype = list(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
             if shape != list(own.shape):
                 raise CheckpointError(f"{path}: {name}: expected shape {list(own.shape)}, got {shape}")
-            if dtype not in FLOATS:
-                raise CheckpointError(f"{path}: {name}: expected {', '.join(FLOATS)}; got {dtype}")
+            if (dtype != "I8") if own.dtype == torch.int8 else (dtype not in FLOATS):
+                wanted = "I8" if own.dtype == torch.int8 else ", ".join(FLOATS)
+                raise CheckpointError(f"{path}: {name}: expected {wanted}; got {dtype}")
         state: dict[str, Tensor] = {}
         for name, own in expected.items():
             state[name] = file.get_tensor(name).to(own.dtype)
@@ -95,7 +100,8 @@ def save(
 ) -> None:
     """Writes `model` to a safetensors file that `load(path)` can build it from; the file appears whole or not at all.
 
-    `dtype` is the width of storage (None: as it is); `about` is free JSON about the weights.
+    `dtype` is the width of storage (None: as it is), but of a quantized layer's codes and scales; `about` is free JSON about
+    the weights.
 
     Raises:
         CheckpointError: numbers that are not finite in that dtype. TypeError: a model without `architecture`.
@@ -104,12 +110,20 @@ def save(
     arch = type(model).__name__
     if ARCHITECTURES.get(arch) is not type(model):
         raise TypeError(f"model: expected one of {', '.join(ARCHITECTURES)}; got {arch}")
-    state = {name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in model.state_dict().items()}
+    layers = _quantized_layers(model)
+    exact = {f"{layer}.{name}" for layer in layers for name in ("qweight", "weight_scale")}
+    state = {
+        name: t.detach().to("cpu", t.dtype if dtype is None or name in exact else dtype).contiguous()
+        for name, t in model.state_dict().items()
+    }
     for name, t in state.items():
         if not t.isfinite().all():
             raise CheckpointError(f"{path}: {name}: expected finite numbers in {t.dtype}, found infinity or NaN")
     # One entry, sorted: safetensors writes its entries in no fixed order, and the same weights shall be the same bytes.
-    text = json.dumps({"format": FORMAT, "arch": arch, "config": model.config, "about": dict(about or {})}, sort_keys=True)
+    found = {"format": FORMAT, "arch": arch, "config": model.config, "about": dict(about or {})}
+    if layers:
+        found["quantized"] = {"kind": "int8", "layers": layers}
+    text = json.dumps(found, sort_keys=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(to_bytes(state, metadata={KEY: text}))  # not save_file, which hides its file from other users
@@ -169,9 +183,30 @@ def _build(path: Path, metadata: Mapping[str, str], names: set[str]) -> nn.Modul
         raise CheckpointError(f"{path}: config: depth {depth}, but the file holds {len(names)} tensors")
     try:
         with torch.device("meta"):
-            return ARCHITECTURES[arch](**config)
+            model = ARCHITECTURES[arch](**config)
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: config: {error}") from error
+    return _with_codes(path, found, model)
+
+
+def _quantized_layers(model: nn.Module) -> list[str]:
+    return [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
+
+
+def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """The model, on the meta device, with the layers that the file says are quantized."""
+    said = found.get("quantized", {"kind": "int8", "layers": []})
+    if not isinstance(said, dict) or said.get("kind") != "int8" or not isinstance(said.get("layers"), list):
+        raise CheckpointError(f"{path}: quantized: expected kind 'int8' and a list of layers, got {said!r:.80}")
+    modules = dict(model.named_modules())
+    for name in said["layers"]:
+        layer = modules.get(name) if isinstance(name, str) else None
+        if type(layer) is not nn.Linear:
+            raise CheckpointError(f"{path}: quantized: expected the names of Linear layers, got {name!r}")
+        parent, _, last = name.rpartition(".")
+        bias = layer.bias is not None
+        setattr(modules[parent], last, QuantizedLinear(layer.in_features, layer.out_features, bias, device="meta"))
+    return model
 
 
 def _depth(config: Mapping[str, Any]) -> int:
