@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from diffkernels import cli
 from diffkernels._op import OPS
@@ -149,7 +150,11 @@ def test_eager_formulas_say_what_the_op_says(name) -> None:
         (task,) = suite.tasks([f"{name}/{case.name}"], ["f32"], vs=("eager",))[:1]
         subject = suite._op_subject(task)
         error = subject.errors["eager"]
-        assert error is None or error < 1e-5, case.name
+        codes = any(
+            not t.is_floating_point()
+            for t in pytree.tree_leaves(op.allocate(*op.bind((), case.args(suite.Draw(torch.float32)))))
+        )
+        assert error is None or error < (1 / 126 if codes else 1e-5), case.name  # a tie may fall to either side
         assert case.flops is None or case.flops(*case.shape) > 0
 
 

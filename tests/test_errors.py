@@ -24,7 +24,7 @@ from diffkernels import _C
 from diffkernels._case import Draw
 from diffkernels._ladder import LADDER, missing
 from diffkernels._op import OPS, Op
-from diffkernels.bench import oracle
+from diffkernels.bench import layouts, oracle
 
 ERRORS = (TypeError, ValueError, IndexError)
 NATIVE = {(rung, op): kernel for rung, op, _, kernel in _C.kernels if not missing(rung, op, "cpu")}
@@ -337,9 +337,9 @@ def test_six_errors_an_op(op) -> None:
 
 
 def band(t: Tensor) -> tuple[Tensor, Tensor]:
-    """A contiguous output like t of NaN, and the buffer around it, whose ends are 7."""
+    """A contiguous output like t of NaN (or -128), and the buffer around it, whose ends are 7."""
     pad = 4096 // t.element_size()
-    buffer = torch.full([t.numel() + 2 * pad], torch.nan, dtype=t.dtype)
+    buffer = torch.full([t.numel() + 2 * pad], layouts.poison(t.dtype), dtype=t.dtype)
     buffer[:pad] = buffer[pad + t.numel() :] = 7
     return buffer[pad : pad + t.numel()].view(t.shape), buffer
 

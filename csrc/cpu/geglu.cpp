@@ -3,6 +3,7 @@
 // Idea: elementwise; the two halves of one Linear's answer are read as they lie. erf is a rational function, with one division.
 // Takes: a, b and y float32, float16 or bfloat16, alike; any strides.
 // Floor: 2 reads and 1 write. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/geglu.cpp
+#include "activation.h"
 #include "norm.h"
 
 namespace dk {
@@ -13,12 +14,6 @@ struct Call {
     Rows a_rows, b_rows;
     int64_t columns;
 };
-
-template <bool kTanh>
-DK_INLINE F gelu(F x) {
-    if (kTanh) return x / (1 + exp(-1.5957691216f * fma(0.044715f * x * x, x, x)));  // tanh by the sigmoid
-    return 0.5f * x * (1 + erf(0.70710678118f * x));
-}
 
 template <class T, bool kUnit, bool kTanh>
 void run(const Call& c, T* y, int64_t begin, int64_t end) {

@@ -163,8 +163,8 @@ struct Means {
     float rest, square;
 };
 
-template <class T, bool kUnit>
-Means means(const Row<T, kUnit>& row, int64_t n, float about, T* y) {
+template <class T, bool kUnit, class Y>
+Means means(const Row<T, kUnit>& row, int64_t n, float about, Y* y) {
     const int64_t pairs = n / kPair * kPair;
     const F center = splat(about);
     const auto add = [](F e, F& d, F& q) __attribute__((always_inline)) {
@@ -177,7 +177,7 @@ Means means(const Row<T, kUnit>& row, int64_t n, float about, T* y) {
         F d0 = {}, d1 = {}, d2 = {}, d3 = {}, q0 = {}, q1 = {}, q2 = {}, q3 = {};
         int64_t i = from;
         for (; i + 2 * kPair <= to; i += 2 * kPair) {
-            prefetch_for_write(y + i, 2 * kPair * sizeof(T));
+            prefetch_for_write(y + i, 2 * kPair * sizeof(Y));
             const Pair x = row.at(i), z = row.at(i + kPair);
             add(x.lo - center, d0, q0), add(x.hi - center, d1, q1);
             add(z.lo - center, d2, q2), add(z.hi - center, d3, q3);
@@ -207,8 +207,8 @@ struct Moments {
 
 // One walk, about the mean of the first columns. Where they are not like the row (the mean is further from them than a
 // standard deviation), the squares would cancel, and a second walk goes about the mean that the first has found.
-template <class T, bool kUnit>
-DK_INLINE Moments moments(const Norm& c, const Row<T, kUnit>& row, T* y) {
+template <class T, bool kUnit, class Y>
+DK_INLINE Moments moments(const Norm& c, const Row<T, kUnit>& row, Y* y) {
     float center = 0;
     if (c.center) {
         const int some = c.columns < kPair ? static_cast<int>(c.columns) : kPair;
@@ -226,10 +226,11 @@ DK_INLINE Moments moments(const Norm& c, const Row<T, kUnit>& row, T* y) {
     return {center, m.rest, ms, c.inside ? __builtin_sqrtf(ms + c.eps) : __builtin_sqrtf(ms) + c.eps};
 }
 
-// y, from a row and its moments; `ahead(i)` asks for what will be read next, from column i on.
-template <class T, bool kUnit, class Ahead>
-DK_INLINE void modulate(const Norm& c, Affine<T>& affine, int64_t r, const Row<T, kUnit>& row, const Moments& m, T* y,
-                        Ahead ahead) {
+// A row's results, from its moments: put(i, v, n) takes a pair in T's order from column i on, kPair
+// columns or, at the end, the first n; `ahead(i)` asks for what will be read next, from column i on.
+template <class T, bool kUnit, class Put, class Ahead>
+DK_INLINE void modulated(const Norm& c, Affine<T>& affine, int64_t r, const Row<T, kUnit>& row, const Moments& m, Put put,
+                         Ahead ahead) {
     const F center = splat(m.center), rstd = splat(1.0f / m.divisor), less = splat(-m.rest / m.divisor);
     const int64_t block = block_of(c.columns);
     for (int64_t from = 0; from < c.columns; from += block) {
@@ -246,12 +247,19 @@ DK_INLINE void modulate(const Norm& c, Affine<T>& affine, int64_t r, const Row<T
             int64_t i = 0;
             for (; i + kPair <= n; i += kPair) {
                 if (near) ahead(from + i);
-                store_pair(y + from + i, value(row.at(from + i), i));
+                put(from + i, value(row.at(from + i), i), kPair);
             }
-            if (const int some = static_cast<int>(n - i)) store_some(y + from + i, value(row.some(from + i, some), i), some);
+            if (const int some = static_cast<int>(n - i)) put(from + i, value(row.some(from + i, some), i), some);
         };
         affine.offset ? walk(IntTag<1>{}) : walk(IntTag<0>{});
     }
+}
+template <class T, bool kUnit, class Ahead>
+DK_INLINE void modulate(const Norm& c, Affine<T>& affine, int64_t r, const Row<T, kUnit>& row, const Moments& m, T* y,
+                        Ahead ahead) {
+    const auto put = [y](int64_t i, Pair v, int n)
+                         __attribute__((always_inline)) { n == kPair ? store_pair(y + i, v) : store_some(y + i, v, n); };
+    modulated(c, affine, r, row, m, put, ahead);
 }
 
 }  // namespace

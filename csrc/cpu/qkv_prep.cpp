@@ -68,15 +68,6 @@ DK_INLINE F swapped(F v) {
 #endif
 }
 
-// a b, rounded: what the compiler contracts of a sum would else be another thing for rows of other strides.
-DK_INLINE F product(F a, F b) {
-    F v = a * b;
-#if defined(__AVX2__)
-    asm("" : "+v"(v));
-#endif
-    return v;
-}
-
 // f(i, n) for columns i.. of [begin, end), n of them: kLanes, but for the last.
 template <class G>
 DK_INLINE void walk(int64_t begin, int64_t end, G f) {

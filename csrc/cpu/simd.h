@@ -52,6 +52,15 @@ struct TypeOf<DType::bf16> {
 DK_INLINE F splat(float x) { return x - F{}; }        // x + 0 would lose the sign of -0, and so cost an addition
 DK_INLINE F fma(F a, F b, F c) { return a * b + c; }  // one instruction where there is one: -ffp-contract=fast
 
+// a b, rounded: where the compiler contracts it with a sum, or not, bits would differ by rung or by a row's strides.
+DK_INLINE F product(F a, F b) {
+    F v = a * b;
+#if defined(__AVX2__)
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
 template <class To, class From>
 DK_INLINE To bit_cast(From v) {
     static_assert(sizeof(To) == sizeof(From));

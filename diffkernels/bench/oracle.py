@@ -60,7 +60,7 @@ def compare(
     if got.shape != exact.shape or got.dtype != reference.dtype:
         raise AssertionError(f"{got.dtype} {list(got.shape)} instead of {reference.dtype} {list(exact.shape)}")
     dtype = got.dtype
-    got, exact, reference = got.double().cpu(), exact.cpu(), reference.double().cpu()
+    got, exact, reference = (t.double().cpu() for t in (got, exact, reference))
     if not torch.equal(got.isnan(), exact.isnan()):
         raise AssertionError("NaN in other places than the definition has it")
     finite = exact.isfinite()

@@ -1,5 +1,6 @@
 """The ops. Each is a Python function whose body is its definition; kernels on faster rungs do the same, in one pass."""
 
+from .act_quantize import act_quantize
 from .attention import attention, attention_forward
 from .attention_backward import attention_backward
 from .decode_attention import decode_attention
@@ -9,6 +10,7 @@ from .geglu import geglu
 from .linear_w8a8 import linear_w8a8, pack_w8, unpack_w8
 from .norm_backward import norm_backward
 from .norm_modulate import norm_modulate
+from .norm_quantize import norm_quantize
 from .qkv_prep import qkv_prep
 from .row_abs_quantile import row_abs_quantile
 from .row_covariance import row_covariance
@@ -17,6 +19,7 @@ from .solver_step import solver_step
 from .td_params import td_params, td_params_backward
 
 __all__ = [
+    "act_quantize",
     "attention",
     "attention_backward",
     "attention_forward",
@@ -27,6 +30,7 @@ __all__ = [
     "linear_w8a8",
     "norm_backward",
     "norm_modulate",
+    "norm_quantize",
     "pack_w8",
     "qkv_prep",
     "row_abs_quantile",

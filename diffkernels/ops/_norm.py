@@ -58,3 +58,27 @@ def centred(h: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     if norm == "layer":
         h = h - h.mean(-1, keepdim=True)
     return h, h.square().mean(-1, keepdim=True)
+
+
+def modulated(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    eps_mode: str,
+) -> Tensor:
+    """(norm(x) · weight + bias) · (1 + scale) + shift, wide: not yet rounded to x's dtype."""
+    h, ms = centred(widen(x), norm)
+    h = h * torch.rsqrt(ms + eps) if eps_mode == "inside" else h / (ms.sqrt() + eps)
+    if weight is not None:
+        h = h * _broadcast.align(weight, x).to(h.dtype)
+    if bias is not None:
+        h = h + _broadcast.align(bias, x).to(h.dtype)
+    if scale is not None:
+        h = h * (1 + _broadcast.align(scale, x).to(h.dtype))
+    if shift is not None:
+        h = h + _broadcast.align(shift, x).to(h.dtype)
+    return h

@@ -116,17 +116,7 @@ def norm_modulate(
 
     Source: Ba et al. 2016, eq. 3; Zhang & Sennrich 2019, eq. 4; Peebles & Xie 2023 (adaLN); DiMR (arXiv 2406.09416).
     """
-    h, ms = _norm.centred(_norm.widen(x), norm)
-    h = h * torch.rsqrt(ms + eps) if eps_mode == "inside" else h / (ms.sqrt() + eps)
-    if weight is not None:
-        h = h * _broadcast.align(weight, x).to(h.dtype)
-    if bias is not None:
-        h = h + _broadcast.align(bias, x).to(h.dtype)
-    if scale is not None:
-        h = h * (1 + _broadcast.align(scale, x).to(h.dtype))
-    if shift is not None:
-        h = h + _broadcast.align(shift, x).to(h.dtype)
-    return h.to(x.dtype)
+    return _norm.modulated(x, scale, shift, weight, bias, norm, eps, eps_mode).to(x.dtype)
 
 
 @norm_modulate.op.backward()  # type: ignore[attr-defined]

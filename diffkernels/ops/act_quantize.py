@@ -1,0 +1,141 @@
+"""An activation, gated or not, with 8-bit codes for what it writes: the input of an MLP's second Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._case import Case
+from .._op import op
+from . import _norm, _quantize
+
+
+def _tanh(h: Tensor) -> Tensor:
+    return F.gelu(h, approximate="tanh")
+
+
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda h: h, "gelu": F.gelu, "gelu_tanh": _tanh, "silu": F.silu}
+GATED: dict[str, Callable[[Tensor], Tensor]] = {"geglu": F.gelu, "geglu_tanh": _tanh, "swiglu": F.silu}
+
+
+def _columns(x: Tensor, activation: str) -> int:
+    return x.shape[-1] // 2 if activation in GATED else x.shape[-1]
+
+
+def _check(x, activation, smooth):  # type: ignore[no-untyped-def]
+    if x.ndim < 1:
+        raise ValueError(f"x: expected at least one dimension, [..., D]; got shape {list(x.shape)}")
+    if x.dtype not in _norm.FLOATS:
+        raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    if activation not in PLAIN and activation not in GATED:
+        raise ValueError(f"activation: expected one of {', '.join([*PLAIN, *GATED])}; got {activation!r}")
+    if activation in GATED and x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even number of columns for {activation!r}, got shape {list(x.shape)}")
+    _quantize.check(x, _columns(x, activation), smooth)
+
+
+def _allocate(x, activation, smooth):  # type: ignore[no-untyped-def]
+    return _quantize.empty(x, _columns(x, activation))
+
+
+def _drawn(activation, smooth=False):  # type: ignore[no-untyped-def]
+    def make(draw, *shape):  # type: ignore[no-untyped-def]
+        d = shape[-1] // 2 if activation in GATED else shape[-1]
+        return {"x": draw(*shape), "activation": activation, "smooth": draw(d) if smooth else None}
+
+    return make
+
+
+def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
+    activation, d = pick.choice((*PLAIN, *GATED)), pick.size(3000)
+    shape = [pick.size(3, 0), pick.size(9, 0), 2 * d if activation in GATED else d][pick.randrange(3) :]
+    return {"x": draw(*shape), "activation": activation, "smooth": pick.maybe(lambda: pick.choice((draw, draw.f32))(d))}
+
+
+def _coded(h):  # type: ignore[no-untyped-def]
+    code_scale = h.abs().amax(-1, keepdim=True).float() / 127
+    return (h / code_scale).round().to(torch.int8), code_scale.squeeze(-1)
+
+
+def _eager(x, activation, smooth):  # type: ignore[no-untyped-def]
+    return _coded(_tanh(x))
+
+
+def _eager_gated(x, activation, smooth):  # type: ignore[no-untyped-def]
+    a, b = x.chunk(2, -1)
+    return _coded(F.silu(a) * b)
+
+
+@op(
+    allocate=_allocate,
+    check=_check,
+    fuzz=_fuzz,
+    gradient=False,
+    cases=[
+        Case("none", _drawn("none", smooth=True), (2, 9, 72)),
+        Case("gelu", _drawn("gelu"), (3, 5, 65)),
+        Case("gelu-tanh", _drawn("gelu_tanh"), (2, 4, 33)),
+        Case("silu", _drawn("silu", smooth=True), (7, 130)),
+        Case("geglu", _drawn("geglu", smooth=True), (2, 5, 2 * 65)),
+        Case("geglu-tanh", _drawn("geglu_tanh"), (3, 2 * 48)),
+        Case("swiglu", _drawn("swiglu"), (2, 3, 2, 2 * 31)),
+        Case("half", lambda draw: {"x": draw(2, 6, 140).chunk(2, dim=-1)[1], "activation": "gelu_tanh"}),
+        Case("skip-token", lambda draw: {"x": draw(2, 6, 48)[:, 1:], "activation": "swiglu", "smooth": draw.f32(24)}),
+        Case("tails", lambda draw: {"x": 4 * draw(7, 33), "activation": "gelu"}),
+        Case("one-row", _drawn("none"), (257,)),
+        Case("one-column", _drawn("silu"), (5, 1)),
+        Case("one-column-gated", _drawn("geglu"), (5, 2)),
+        Case("no-samples", _drawn("gelu", smooth=True), (0, 4, 16)),
+        Case("no-tokens", _drawn("swiglu"), (2, 0, 16)),
+        Case("width", _drawn("gelu_tanh"), (2, 1152)),
+        Case("wide", _drawn("silu", smooth=True), (2, 8191)),
+        Case("widest", _drawn("swiglu"), (1, 2 * 20001)),
+        Case(
+            "dit-xl-512",
+            _drawn("gelu_tanh"),
+            (1, 1024, 4608),
+            "DiT-XL/2's MLP at 512²",
+            _eager,
+            lambda b, n, d: 20 * b * n * d,  # one exponential and one division; the codes 3
+        ),
+        Case(
+            "swiglu-1024",
+            _drawn("swiglu"),
+            (1, 1024, 2 * 3072),
+            "a SwiGLU of 3072 columns, 1024 tokens",
+            _eager_gated,
+            lambda b, n, d: 9 * b * n * d,  # of each of D/2 columns: one exponential, one division, the codes 3
+        ),
+    ],
+)
+def act_quantize(x: Tensor, activation: str = "none", smooth: Tensor | None = None) -> list[Tensor]:
+    """8-bit codes, and one scale a row, of activation(x) · smooth, in one pass.
+
+    h is float32 and is not rounded to x's dtype. Of each row (the last dimension), with amax = max |h|:
+    codes = round(h · (127 / amax)), half to even; code_scale = amax / 127; h ≈ codes · code_scale.
+
+    Args:
+        x: [..., D], or [..., 2 D] for a gated activation; float32, float16, bfloat16 (or float64, on the reference), D >= 1,
+            any strides.
+        activation: "none"; "gelu" (by erf), "gelu_tanh", "silu"; or gated, with a, b = x.chunk(2, -1): "geglu", gelu(a) · b,
+            "geglu_tanh" or "swiglu", silu(a) · b.
+        smooth: [D], a factor a column, of any of these dtypes: the inverse of what the Linear's weight was multiplied by.
+
+    Returns:
+        [codes, code_scale], contiguous: int8 [..., D], in -127..127; float32 of shape x.shape[:-1]. A row of nothing larger
+        than 2^-100 counts as zeros: codes 0, scale 1. Where h is not finite, the row's codes are 0 and its scale says so: NaN
+        where a NaN is, else infinity.
+
+    Raises:
+        TypeError: a dtype outside the list. ValueError: a shape outside of the above, or an unknown `activation`.
+        RuntimeError: a gradient is wanted; there is none.
+
+    Source: Dettmers et al. 2022 (absmax, by row); Xiao et al. 2023, SmoothQuant, eq. 3; Shazeer 2020 (gated activations).
+    """
+    if activation in GATED:
+        a, b = _norm.widen(x).chunk(2, -1)
+        return _quantize.rows(GATED[activation](a) * b, smooth)
+    return _quantize.rows(PLAIN[activation](_norm.widen(x)), smooth)

@@ -1,0 +1,181 @@
+"""What is particular to the ops that make 8-bit codes: rows of zeros, NaN and infinity, the extremes, ties, no gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import diffkernels as dk
+from diffkernels import ops
+from diffkernels._ladder import RUNGS, missing
+
+HERE = [r for r in RUNGS if missing(r, "act_quantize", "cpu") is None]
+NATIVE = [r for r in HERE if r not in ("triton", "reference")]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+rungs, dtypes = pytest.mark.parametrize("rung", HERE), pytest.mark.parametrize("dtype", DTYPES)
+widths = pytest.mark.parametrize("columns", [1, 33, 65, 257, 1152])
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def coded(rung: str, x: Tensor, *args, **kwargs) -> list[Tensor]:
+    with dk.rung(rung):
+        return ops.act_quantize(x, *args, **kwargs)
+
+
+def normed(rung: str, x: Tensor, **kwargs) -> list[Tensor]:
+    with dk.rung(rung):
+        return ops.norm_quantize(x, **kwargs)
+
+
+@rungs
+@dtypes
+def test_a_row_of_zeros_has_scale_1(rung, dtype) -> None:
+    x = torch.zeros(4, 65, dtype=dtype)
+    x[1, 64] = -2.0
+    x[3] = 2.0**-110 if dtype is not torch.float16 else 0  # counts as zeros
+    codes, scale = coded(rung, x)
+    assert scale.tolist() == [1, pytest.approx(2 / 127, rel=1e-6), 1, 1]
+    assert not codes[[0, 2, 3]].any() and codes[1].nonzero().tolist() == [[64]] and codes[1, 64] == -127
+    codes, scale = normed(rung, torch.ones(3, 65, dtype=dtype))  # centred
+    assert not codes.any() and (scale == 1).all()
+
+
+@rungs
+def test_the_least_row_that_counts(rung) -> None:
+    x = torch.full((2, 40), 2.0**-100)
+    x[1, 39] *= -(1 + 2.0**-23)
+    codes, scale = coded(rung, x)
+    assert not codes[0].any() and scale[0] == 1
+    assert codes[1].abs().eq(127).all() and 0 < scale[1] < 2.0**-100
+
+
+@rungs
+@widths
+def test_nan_wins_over_infinity_and_both_reach_the_scale(rung, columns) -> None:
+    """Wherever in the row, and whatever else is there; other rows are as they were."""
+    nan, inf = torch.nan, torch.inf
+    where = sorted({0, columns // 2, columns - 1})
+    for at in where:
+        x = drawn(6, columns)
+        clean = coded(rung, x)
+        x[1, at], x[2, at], x[3, at] = nan, inf, -inf
+        x[4, at], x[4, where[-1] - at] = inf, nan
+        codes, scale = coded(rung, x)
+        assert scale[1].isnan() and scale[2] == scale[3] == inf and scale[4].isnan()
+        assert not codes[1:5].any()
+        for row in (0, 5):
+            assert torch.equal(codes[row], clean[0][row]) and scale[row] == clean[1][row]
+        codes, scale = normed(rung, x, norm="rms")
+        assert not scale[1:5].isfinite().any() and not codes[1:5].any() and scale[[0, 5]].isfinite().all()
+        codes, scale = normed(rung, drawn(6, columns), shift=x[1], norm="rms")
+        assert scale.isnan().all() and not codes.any()
+
+
+@rungs
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_far_below_zero_an_activation_is_zero_and_of_minus_infinity_nan(rung, activation) -> None:
+    x = torch.tensor([-1e20, -1e4, -torch.inf, torch.inf, torch.nan])[:, None].repeat(1, 65)
+    codes, scale = coded(rung, x, activation)
+    assert scale[:2].tolist() == [1, 1] and scale[[2, 4]].isnan().all() and not codes.any()
+    assert scale[3] == torch.inf or (rung == "reference" and scale[3].isnan())  # PyTorch's own float32 GELU of infinity
+
+
+@rungs
+def test_a_payload_in_a_nan_changes_nothing(rung) -> None:
+    x = drawn(2, 65)
+    x[0, 3] = torch.tensor(-0x1, dtype=torch.int32).view(torch.float32)  # the largest bits, with a sign
+    codes, scale = coded(rung, x)
+    assert scale[0].isnan() and not codes[0].any() and scale[1].isfinite()
+
+
+@rungs
+@dtypes
+@widths
+def test_the_largest_magnitude_is_127_and_the_rest_is_within_half_a_step(rung, dtype, columns) -> None:
+    x, smooth = drawn(9, columns, dtype=dtype), drawn(columns, seed=1).abs() + 0.5
+    for factor in (None, smooth):
+        codes, scale = coded(rung, x, smooth=factor)
+        h = x.double() * (1 if factor is None else factor.double())
+        assert codes.abs().amax(-1).eq(127).all() and codes.min() >= -127
+        step = scale.double()[:, None]
+        assert ((codes * step - h).abs() <= step / 2 * (1 + 1e-4)).all()
+        torch.testing.assert_close(step, h.abs().amax(-1, keepdim=True) / 127, rtol=1e-6, atol=0)
+
+
+@rungs
+def test_ties_go_to_the_even_code(rung) -> None:
+    x = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -125.5])
+    codes, scale = coded(rung, x)
+    assert codes.tolist() == [127, 0, 2, 2, 0, -2, -2, 126, -126] and scale == 1
+
+
+@rungs
+@pytest.mark.parametrize("largest", [3e38, 1e-29, 65504.0])
+def test_large_and_small_rows(rung, largest) -> None:
+    x = drawn(3, 257)
+    x *= (largest / x.abs().amax(-1, keepdim=True)) * (1 - 2.0**-20)
+    codes, scale = coded(rung, x)
+    assert codes.abs().amax(-1).eq(127).all()
+    torch.testing.assert_close(scale, x.abs().amax(-1) / 127, rtol=1e-6, atol=0)
+
+
+@dtypes
+@widths
+def test_codes_of_the_same_floats_are_equal_on_all_cpu_rungs(dtype, columns) -> None:
+    """And are the definition's: where h is made without a sum or an exponential, there is one answer."""
+    x, smooth = drawn(20, columns, dtype=dtype), drawn(columns, seed=1).abs() + 0.5
+    for factor in (None, smooth, smooth.bfloat16()):
+        for layout in (x, x.t().contiguous().t()):
+            expected = coded("reference", layout, smooth=factor)
+            for rung in NATIVE:
+                assert all(map(torch.equal, coded(rung, layout, smooth=factor), expected)), rung
+
+
+@pytest.mark.parametrize("rung", NATIVE)
+def test_any_number_of_threads_codes_rows_of_its_own(rung) -> None:
+    x = drawn(3001, 1025)
+    x *= torch.arange(1, 3002)[:, None]
+    expected, threads = coded("reference", x), torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert all(map(torch.equal, coded(rung, x), expected)), n
+    finally:
+        torch.set_num_threads(threads)
+
+
+@rungs
+def test_codes_are_of_what_the_norm_writes(rung) -> None:
+    """In float32 the norm's results are what is coded, to the rounding of a tie."""
+    x, scale, shift = drawn(2, 9, 72), drawn(2, 72, seed=1), drawn(2, 72, seed=2)
+    with dk.rung(rung):
+        h = ops.norm_modulate(x, scale, shift)
+    for got, expected in zip(normed(rung, x, scale=scale, shift=shift), coded(rung, h), strict=True):
+        assert (got.double() - expected.double()).abs().max() <= (1 if got.dtype is torch.int8 else 1e-7)
+
+
+@pytest.mark.parametrize("name", ["norm_quantize", "act_quantize"])
+def test_a_gradient_is_refused_by_name(name) -> None:
+    x = drawn(3, 8).requires_grad_()
+    with pytest.raises(RuntimeError, match=f"x: {name} has no gradient"):
+        getattr(ops, name)(x)
+    with torch.no_grad():
+        assert getattr(ops, name)(x)[0].dtype is torch.int8
+
+
+def test_what_is_wrong_is_named() -> None:
+    x = drawn(2, 7)
+    with pytest.raises(ValueError, match="activation: expected one of none, gelu"):
+        ops.act_quantize(x, "relu")
+    with pytest.raises(ValueError, match="x: expected an even number of columns for 'swiglu'"):
+        ops.act_quantize(x, "swiglu")
+    with pytest.raises(ValueError, match=r"smooth: expected shape \[7\], got \[8\]"):
+        ops.norm_quantize(x, smooth=drawn(8))
+    with pytest.raises(TypeError, match="smooth: expected float32"):
+        ops.act_quantize(x, smooth=torch.ones(7, dtype=torch.int8))
+    with pytest.raises(ValueError, match="x: expected at least one column"):
+        ops.act_quantize(drawn(2, 0))
