@@ -64,12 +64,8 @@ class Op:
         gradient: bool,
     ) -> None:
         self.name = body.__name__
-        self.body = body
-        self.allocate = allocate
-        self.fuzz = fuzz
-        self.cases = tuple(cases)
-        self.c = c
-        self._check = check
+        self.body, self.allocate, self.fuzz, self._check = body, allocate, fuzz, check
+        self.cases, self.c = tuple(cases), c
         self.signature = inspect.signature(body)
         parameters = self.signature.parameters.values()
         self.params = tuple((p.name, _KINDS[str(p.annotation)]) for p in parameters)

@@ -24,7 +24,8 @@ class Recipe:
     `kind`: "int8", codes of one scale an output for the weight and one a row, found in each call, for the input.
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
     `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights
-    smaller than this stay: their products take less time than the codes.
+    smaller than this stay: their products take less time than the codes. `smooth`: "none", or "weight", the square root of each
+    column's largest weight goes over to the input: for weights with a few large columns.
     Raises ValueError for an unknown kind or a `min_elements` below 0.
     """
 
@@ -32,12 +33,15 @@ class Recipe:
     skip: Sequence[str] = SENSITIVE
     filter_fn: Callable[[str, nn.Module], bool] | None = None
     min_elements: int = 2**14
+    smooth: str = "none"
 
     def __post_init__(self) -> None:
         if self.kind not in RECIPES:
             raise ValueError(f"kind: expected one of {', '.join(RECIPES)}, got {self.kind!r}")
         if self.min_elements < 0:
             raise ValueError(f"min_elements: expected 0 or more, got {self.min_elements}")
+        if self.smooth not in ("none", "weight"):
+            raise ValueError(f"smooth: expected 'none' or 'weight', got {self.smooth!r}")
         if isinstance(self.skip, str):
             raise ValueError(f"skip: expected a list of patterns, got the string {self.skip!r}")
 
@@ -126,7 +130,7 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
             report.layers.append(Layer(name, None, shape, size, size, reason=why))
             continue
         assert isinstance(layer, nn.Linear)
-        made[layer] = new = QuantizedLinear.of(layer)
+        made[layer] = new = QuantizedLinear.of(layer, shared(layer.weight) if recipe.smooth == "weight" else None)
         codes = new.packed.numel() + 4 * new.out_features
         report.layers.append(Layer(name, recipe.kind, shape, size, codes, sqnr(layer.weight, new.weight)))
     for parent in list(model.modules()):
@@ -134,6 +138,14 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
             if child in made:
                 setattr(parent, name, made[child])
     return report
+
+
+def shared(weight: Tensor) -> Tensor:
+    """Of a weight [N, K] what its input is multiplied by, float32 [K]: the root of each column's largest weight, with a
+    geometric mean of 1."""
+    largest = weight.detach().float().abs().amax(0)
+    logarithm = largest.clamp(min=1e-6 * largest.max().clamp(min=1e-30)).log() / 2
+    return (logarithm - logarithm.mean()).exp()
 
 
 def sqnr(exact: Tensor, other: Tensor) -> float:

@@ -360,8 +360,12 @@ def test_nothing_leaks(op, way, one_thread) -> None:
     }[way]
     times = {"plain": 10_000, "refused": 10_000, "forced": 500, "gradient": 100}[way]
     held = [sys.getrefcount(a) for a in leaves(args) if isinstance(a, Tensor)]
-    grown, blocks = grows(call, times)
-    assert grown < 2**20 and blocks < max(250, times // 50), (grown, blocks)
+    for _ in range(3):  # what leaks does so every time; what another thread has just allocated does not
+        grown, blocks = grows(call, times)
+        if grown < 2**20 and blocks < max(250, times // 50):
+            break
+    else:
+        raise AssertionError(f"{grown} bytes and {blocks} blocks in {times} calls")
     assert held == [sys.getrefcount(a) for a in leaves(args) if isinstance(a, Tensor)]
 
 

@@ -6,6 +6,7 @@
 // codes and scales as the op does, any strides but the weight's; y, bias, gate and residual float32, float16 or bfloat16.
 // Floor: K multiply-adds a result. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
 // csrc/cpu/linear_w8a8.cpp
+#include "activation.h"
 #include "norm.h"
 
 namespace dk {
@@ -154,13 +155,11 @@ __attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, int64_t
 
 enum Activation { kNone, kGelu, kGeluTanh, kSilu };
 
-DK_INLINE F sigmoid(F z) { return ratio(splat(1), 1 + exp(choose(z < -80.0f, splat(80.0f), -z))); }
-
 template <int kActivation>
 DK_INLINE F activated(F h) {
-    if (kActivation == kGelu) return 0.5f * h * (1 + erf(0.70710678118f * h));
-    if (kActivation == kGeluTanh) return h * sigmoid(1.5957691216f * fma(0.044715f * h * h, h, h));  // tanh by the sigmoid
-    if (kActivation == kSilu) return h * sigmoid(h);
+    if (kActivation == kGelu) return gelu<false>(h);
+    if (kActivation == kGeluTanh) return gelu<true>(h);
+    if (kActivation == kSilu) return silu(h);
     return h;
 }
 

@@ -111,7 +111,7 @@ def save(
     if ARCHITECTURES.get(arch) is not type(model):
         raise TypeError(f"model: expected one of {', '.join(ARCHITECTURES)}; got {arch}")
     layers = _quantized_layers(model)
-    exact = {f"{layer}.{name}" for layer in layers for name in ("qweight", "weight_scale")}
+    exact = {f"{layer}.{name}" for layer in layers for name in ("qweight", "weight_scale", "smooth")}
     state = {
         name: t.detach().to("cpu", t.dtype if dtype is None or name in exact else dtype).contiguous()
         for name, t in model.state_dict().items()
@@ -186,14 +186,14 @@ def _build(path: Path, metadata: Mapping[str, str], names: set[str]) -> nn.Modul
             model = ARCHITECTURES[arch](**config)
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: config: {error}") from error
-    return _with_codes(path, found, model)
+    return _with_codes(path, found, model, names)
 
 
 def _quantized_layers(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
 
 
-def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module) -> nn.Module:
+def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, names: set[str]) -> nn.Module:
     """The model, on the meta device, with the layers that the file says are quantized."""
     said = found.get("quantized", {"kind": "int8", "layers": []})
     if not isinstance(said, dict) or said.get("kind") != "int8" or not isinstance(said.get("layers"), list):
@@ -204,8 +204,8 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module) -> nn.Mo
         if type(layer) is not nn.Linear:
             raise CheckpointError(f"{path}: quantized: expected the names of Linear layers, got {name!r}")
         parent, _, last = name.rpartition(".")
-        bias = layer.bias is not None
-        setattr(modules[parent], last, QuantizedLinear(layer.in_features, layer.out_features, bias, device="meta"))
+        has = (layer.bias is not None, f"{name}.smooth" in names)
+        setattr(modules[parent], last, QuantizedLinear(layer.in_features, layer.out_features, *has, device="meta"))
     return model
 
 

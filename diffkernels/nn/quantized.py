@@ -13,31 +13,44 @@ from .. import ops
 class QuantizedLinear(nn.Module):
     """A Linear whose weight and input are 8-bit codes, for inference: [..., in_features] -> [..., out_features].
 
-    The weight has one scale an output, the input one a row, found anew in each call: nothing is calibrated. The result has
-    the input's dtype. A state dict holds `qweight`, int8 [out_features, in_features], `weight_scale`, float32
-    [out_features], and `bias`: what any machine packs for itself when it loads them.
+    The weight has one scale an output, the input one a row, found anew in each call: nothing is calibrated. With `smooth`,
+    [in_features], the input is multiplied by it before it is coded, and the weight's columns were divided by it: large columns
+    of the weight are shared between both (Xiao et al. 2023). The result has the input's dtype. A state dict holds `qweight`,
+    int8 [out_features, in_features], `weight_scale`, float32 [out_features], `smooth`, float32, and `bias`: what any machine
+    packs for itself when it loads them.
     """
 
     packed: Tensor
     weight_scale: Tensor
+    smooth: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, device: Any = None, dtype: Any = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        smooth: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.register_buffer("packed", ops.pack_w8(codes), persistent=False)
         self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.register_buffer("smooth", torch.ones(in_features, device=device) if smooth else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> QuantizedLinear:
-        """The same map, its weight rounded to codes of one scale an output; the bias is `linear`'s own."""
+    def of(cls, linear: nn.Linear, smooth: Tensor | None = None) -> QuantizedLinear:
+        """The same map, its weight rounded to codes of one scale an output; the bias is `linear`'s own.
+
+        `smooth`: float32 [in_features], above 0, what the input is multiplied by.
+        """
         made = cls(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
         with torch.no_grad():
-            codes, made.weight_scale = ops.act_quantize(linear.weight)
-            made.packed = ops.pack_w8(codes)
+            codes, made.weight_scale = ops.act_quantize(linear.weight, smooth=None if smooth is None else 1 / smooth)
+            made.packed, made.smooth = ops.pack_w8(codes), smooth
         made.bias = linear.bias
         return made.train(linear.training)
 
@@ -46,10 +59,11 @@ class QuantizedLinear(nn.Module):
         """The weight that the codes stand for, float32, or the bias's dtype: for a look; no product uses it."""
         codes = ops.unpack_w8(self.packed, self.out_features, self.in_features)
         weight = codes * self.weight_scale.unsqueeze(-1)
+        weight = weight if self.smooth is None else weight * self.smooth
         return weight if self.bias is None else weight.to(self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = ops.act_quantize(x)
+        codes, scale = ops.act_quantize(x, smooth=self.smooth)
         dtype = str(x.dtype).removeprefix("torch.")
         return ops.linear_w8a8(codes, scale, self.packed, self.weight_scale, self.bias, dtype=dtype)
 
@@ -57,10 +71,11 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        scale = self.weight_scale
+        exact = {name: getattr(self, name) for name in ("weight_scale", "smooth")}
         super()._apply(fn, recurse)
-        if self.weight_scale.dtype != torch.float32:  # .half() and .to(dtype) are about the model's arithmetic
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for name, before in exact.items():  # .half() and .to(dtype) are about the model's arithmetic
+            if before is not None and getattr(self, name).dtype != torch.float32:
+                setattr(self, name, before.to(self.packed.device))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
