@@ -38,12 +38,9 @@ py::object owned(PyObject* result) {  // a new reference, or the Python error th
 
 DType dtype_of(uint8_t code, uint8_t bits) {
     if (code == dlpack::kFloat) return bits == 32 ? DType::f32 : bits == 16 ? DType::f16 : DType::other;
-    if (code == dlpack::kBfloat && bits == 16) return DType::bf16;
-    if (code == dlpack::kInt && bits == 32) return DType::i32;
-    if (code == dlpack::kInt && bits == 64) return DType::i64;
-    if (bits == 8 && code == dlpack::kInt) return DType::i8;
-    if (bits == 8 && code == dlpack::kUInt) return DType::u8;
-    return code == dlpack::kBool ? DType::b8 : DType::other;
+    if (code == dlpack::kInt) return bits == 8 ? DType::i8 : bits == 32 ? DType::i32 : bits == 64 ? DType::i64 : DType::other;
+    if (bits == 8) return code == dlpack::kUInt ? DType::u8 : code == dlpack::kBool ? DType::b8 : DType::other;
+    return code == dlpack::kBfloat && bits == 16 ? DType::bf16 : DType::other;
 }
 
 // What one call borrows, and nothing here outlives it: the tensors in the order of the arguments, then the values.

@@ -41,7 +41,7 @@ THROUGH_THE_STACK = {
     r"run<.*, true, (true|false)>\(.*Call const&, [^,]*\*, long, long\)": "erf has more coefficients than AVX2 registers",
     r"run<.*, true, [123], (true|false)>\(.*Codes const&": "an exponential or erf has more coefficients than AVX2 registers",
     r"has_nan<": "row_abs_quantile asks it only of a sample that holds something infinite or worse",
-    r"half\(long\)": "roofline's bfloat16 numbers are read from a line in the first cache, as a kernel's are",
+    r"(half|int8)\(long\)": "roofline's narrow numbers are read from a line in the first cache, as a kernel's are",
     r"moments_of<[34],": "row_covariance of 3 or 4 tensors has more sums than AVX2 registers",
 }
 NO_LOOP = {"td_params": "the loop over the times reads tau, of any dtype, in a loop of its own"}

@@ -30,7 +30,7 @@ import diffkernels as dk
 from diffkernels import _C, _ladder, _op
 from diffkernels._case import Case, Draw
 from diffkernels._op import OPS, Op
-from diffkernels.bench import oracle
+from diffkernels.bench import layouts, oracle
 
 ROOMY = 20_000  # elements above which a case is not repeated
 HALF = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -378,7 +378,7 @@ class Offset(Draw):
     elements = 1
 
     def lay(self, t: Tensor) -> Tensor:
-        buffer = torch.full([t.numel() + self.elements + 64], torch.nan, dtype=t.dtype)
+        buffer = torch.full([t.numel() + self.elements + 64], layouts.poison(t.dtype), dtype=t.dtype)
         align = -buffer.data_ptr() % 64 // t.element_size()
         return buffer[align + self.elements :][: t.numel()].view(t.shape).copy_(t)
 

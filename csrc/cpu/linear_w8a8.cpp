@@ -264,8 +264,10 @@ int64_t bytes(Stream, View y, View x, View x_scale, View weight, View weight_sca
 }
 
 Refusal linear_w8a8(Stream stream, View y, View x, View x_scale, View weight, View weight_scale, Optional bias, Optional gate,
-                    Optional residual, Text activation, Text) {
+                    Optional residual, Text activation, Text dtype) {
     Call c{};
+    const DType wanted = dtype == "float32" ? DType::f32 : dtype == "float16" ? DType::f16 : DType::bf16;
+    if (y.dtype != wanted || (wanted == DType::bf16 && !(dtype == "bfloat16"))) return "dtype: not a known one, or not y's";
     if (Refusal why = describe(c, y, x, x_scale, weight, weight_scale, bias, gate, residual)) return why;
     c.scratch = static_cast<char*>(stream.scratch);
     const int kind = activation == "none"        ? kNone

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.linear_w8a8 import ACTIVATIONS, COLUMNS, DEPTH, MOST
+from ..ops.linear_w8a8 import ACTIVATIONS, COLUMNS, DEPTH, DTYPES, MOST
 from . import _norm
 
 
@@ -80,8 +80,14 @@ def linear_w8a8(
         return "a scale is not float32, or the result float64"
     if any(t is not None and t.dtype not in _norm.FLOATS for t in (bias, gate, residual)):
         return "bias, gate or residual: not float32, float16 or bfloat16"
-    if activation not in ACTIVATIONS or x.ndim < 1 or weight_scale.ndim != 1 or x.shape[-1] > MOST:
-        return "activation, x or weight_scale: not a known one"
+    if (
+        DTYPES.get(dtype) != y.dtype
+        or activation not in ACTIVATIONS
+        or x.ndim < 1
+        or weight_scale.ndim != 1
+        or x.shape[-1] > MOST
+    ):
+        return "dtype, activation, x or weight_scale: not a known one"
     n, k = weight_scale.shape[0], x.shape[-1]
     if tuple(weight.shape) != (triton.cdiv(n, COLUMNS), triton.cdiv(k, DEPTH), COLUMNS, DEPTH):
         return "weight: not pack_w8's of x's columns"
