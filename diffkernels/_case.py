@@ -18,8 +18,9 @@ class Case:
     `make(draw, *shape)` returns the keyword arguments; `draw(*shape)` draws a tensor of the dtype under test,
     `draw.f32(*shape)` one that is always float32, `draw.codes(*shape)` one of int8 from -127, `draw.index(n)` a 0-dim int32
     below n, `draw.seeds(n)` n random int64.
-    Of a timed case `eager` is the formula as users write it today, `flops(*shape)` counts its floating point operations, and
-    with `backward` the bench also times forward and backward, with every input's gradient.
+    Of a timed case `eager` is the formula as users write it today, `flops(*shape)` counts its operations, of float numbers or
+    of what `arithmetic` says ("int8"), and with `backward` the bench also times forward and backward, with every input's
+    gradient.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Case:
     eager: Callable[..., Any] | None = None
     flops: Callable[..., float] | None = None
     backward: bool = False
+    arithmetic: str | None = None
 
     def args(self, draw: Draw, shape: tuple[int, ...] | None = None) -> dict[str, Any]:
         """The keyword arguments, drawn; at another shape than the case's own where one is given."""

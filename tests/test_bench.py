@@ -325,7 +325,7 @@ def test_a_budget_begins_with_what_is_missing(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["attention"], "op: expected one of attention_backward"),
+        (["attention"], "op: expected one of act_quantize"),
         (["norm_modulate/flux"], "norm_modulate has the cases dit-xl-256, pixart-1024"),
         (["--dtype", "f64"], "--dtype: expected one of f32, f16, bf16; got 'f64'"),
         (["--rung", "fast"], "rung: expected one of"),
@@ -416,6 +416,7 @@ def test_what_was_not_measured_is_told() -> None:
 def test_the_floor_is_bytes_or_arithmetic() -> None:
     assert report.percent_of_floor(row(), ROOFS) == 90.0
     assert report.percent_of_floor(row(flops=590_000), ROOFS) == pytest.approx(98.3, abs=0.1)
+    assert report.percent_of_floor(row(flops=393_333, arithmetic="int8"), ROOFS) == pytest.approx(98.3, abs=0.1)
 
 
 def test_the_page_is_whole_in_itself(tmp_path) -> None:

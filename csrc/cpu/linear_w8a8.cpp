@@ -251,7 +251,8 @@ Refusal describe(Call& c, View y, View x, View x_scale, View weight, View weight
         if (Refusal why = describe(*operands[k], given[k], y)) return why;
     const int64_t tile = kRowsOfTile * c.words * kDepth * static_cast<int64_t>(sizeof(Code));
     const int64_t tiles = (c.rows + kRowsOfTile - 1) / kRowsOfTile, most = tile ? kBlockBytes / tile : tiles;
-    c.block = (most < 1 ? 1 : most < tiles ? most : tiles) * kRowsOfTile;
+    const int64_t blocks = most < 1 ? tiles : (tiles + most - 1) / most;
+    c.block = (blocks ? (tiles + blocks - 1) / blocks : 1) * kRowsOfTile;  // of one size, or a thread would wait for the other
     return nullptr;
 }
 

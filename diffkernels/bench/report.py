@@ -52,10 +52,11 @@ def cells(row: Row, rooflines: dict[str, Any] | None = None) -> list[str]:
 
 
 def percent_of_floor(row: Row, rooflines: dict[str, Any]) -> float | None:
-    """How much of the row's time its bytes, or its arithmetic, need at the measured peaks: float32's, or bfloat16's of a rung
-    that multiplies these faster."""
+    """How much of the row's time its bytes, or its arithmetic, need at the measured peaks: what the case says it multiplies,
+    else float32's, or bfloat16's of a rung that multiplies these faster."""
     peaks = rooflines.get(row["rung"] or "") or rooflines.get("torch.mm") or {}
-    peak = max(peaks.get(what) or 0.0 for what in (("f32", "bf16") if row["dtype"] == "bf16" else ("f32",)))
+    kinds = ("f32", "bf16") if row["dtype"] == "bf16" else ("f32",)
+    peak = max(peaks.get(what) or 0.0 for what in ((row["arithmetic"],) if row.get("arithmetic") else kinds))
     copy = row.get("percent_of_copy")
     if copy is None:
         return None

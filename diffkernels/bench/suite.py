@@ -137,6 +137,7 @@ def _op_subject(task: Task) -> Subject:
         exact = _judge(op, task, args, subject, grads)
         if not task.backward:
             subject.row["flops"] = case.flops(*(task.shape or case.shape)) if case.flops else None
+            subject.row["arithmetic"] = case.arithmetic
             kernel = _ladder.kernel(rung, op.name) if rung != "reference" else None
             if kernel is not None and task.device == "cpu":
                 subject.contenders["kernel"] = _kernel(kernel, args, op.allocate(*args))

@@ -158,9 +158,25 @@ def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
         Case("no-rows", lambda d: _drawn(d, 0, 16, n=8)),
         Case("no-inputs", lambda d: _drawn(d, 3, 0, n=8, bias=d(8))),
         Case("no-outputs", lambda d: _drawn(d, 3, 8, n=0)),
-        Case("dit-xl-512", _mlp, (1024, 1152, 4608), "DiT-XL/2 at 512²: the MLP's first Linear", _eager, _flops),
-        Case("dit-xl-256", _mlp, (512, 1152, 1152), "DiT-XL/2 at 256², batch 2: a square Linear", _eager, _flops),
-        Case("few-rows", _mlp, (32, 4096, 4096), "32 tokens", _eager, _flops),
+        Case(
+            "dit-xl-512",
+            _mlp,
+            (1024, 1152, 4608),
+            "DiT-XL/2 at 512²: the MLP's first Linear",
+            _eager,
+            _flops,
+            arithmetic="int8",
+        ),
+        Case(
+            "dit-xl-256",
+            _mlp,
+            (512, 1152, 1152),
+            "DiT-XL/2 at 256², batch 2: a square Linear",
+            _eager,
+            _flops,
+            arithmetic="int8",
+        ),
+        Case("few-rows", _mlp, (32, 4096, 4096), "32 tokens", _eager, _flops, arithmetic="int8"),
     ],
 )
 def linear_w8a8(
