@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -28,26 +29,20 @@ leaves = pytree.tree_leaves
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.numel() else True
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b))) if a.numel() else True
 
 
 def race(call, args, expected, repeats: int) -> int:
-    """How often a result differed."""
-    differs = [0] * CALLERS
+    """How often a result differed. What a caller raises is raised."""
     start = threading.Barrier(CALLERS)
 
-    def caller(i: int) -> None:
+    def caller(_: int) -> int:
         torch.set_num_threads(CREW)
         start.wait()
-        for _ in range(repeats):
-            differs[i] += not all(same(g, e) for g, e in zip(leaves(call(*args)), expected, strict=True))
+        return sum(not all(same(g, e) for g, e in zip(leaves(call(*args)), expected, strict=True)) for _ in range(repeats))
 
-    callers = [threading.Thread(target=caller, args=(i,)) for i in range(CALLERS)]
-    for t in callers:
-        t.start()
-    for t in callers:
-        t.join()
-    return sum(differs)
+    with ThreadPoolExecutor(CALLERS) as callers:
+        return sum(callers.map(caller, range(CALLERS)))
 
 
 def main() -> int:
