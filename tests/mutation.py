@@ -248,7 +248,7 @@ MUTATIONS = [
         "csrc/attention.h",
         "s.k_sample >= k_samples",
         "s.k_sample > k_samples",
-        ("tests/test_errors.py", "attention_forward-kv_index"),
+        ("tests/test_attention.py", "one_past_the_last and kv_index"),
     ),
     Mutation(
         "queries with another group's keys",

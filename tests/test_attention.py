@@ -389,3 +389,18 @@ def test_torchs_name_runs_ours_on_a_gpu() -> None:
             close(F.scaled_dot_product_attention(q, k, v), expected)
     finally:
         dk.disable_sdpa()
+
+
+@pytest.mark.parametrize("name", ["kv_index", "key_lengths", "cu_q", "cu_k"])
+def test_an_index_one_past_the_last_is_refused_by_name(name) -> None:
+    """The last that there is is taken: a comparison that is off by one shows."""
+    q, k, v = torch.randn(2, 5, 1, 8), torch.randn(3, 7, 1, 8), torch.randn(3, 7, 1, 8)
+    good = {"kv_index": torch.tensor([0, 2], dtype=torch.int32), "key_lengths": torch.tensor([1, 7], dtype=torch.int32)}
+    if name not in good:
+        q, k, v = q[0], k[0], v[0]
+        good = {"cu_q": torch.tensor([0, 5], dtype=torch.int32), "cu_k": torch.tensor([0, 7], dtype=torch.int32)}
+    assert ops.attention(q, k, v, **good).isfinite().all()
+    bad = good[name].clone()
+    bad[-1] += 1
+    with pytest.raises(IndexError, match=name):
+        ops.attention(q, k, v, **(good | {name: bad}))
