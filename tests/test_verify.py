@@ -82,7 +82,7 @@ def test_the_command(capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--op", "gelu"], "--op: expected one of attention_backward"),
+        (["--op", "gelu"], "--op: expected one of act_quantize"),
         (["--rung", "fast"], "--rung: expected one of sm90"),
         (["--rung", "sm90"], "nothing to run on 'sm90' here: does not run on cpu tensors"),
         (["--cases", "0"], "--cases, --seed: expected 1 or more"),
