@@ -40,16 +40,16 @@ def test_packing_is_undone() -> None:
 
 
 def test_sums_are_exact_where_every_product_is_the_largest() -> None:
-    for k in (4, 133_144):
-        x, w = (torch.full((2, k), v, dtype=torch.int8) for v in (-127, 127))
+    for k in (4, 131_071):
+        x, w = (torch.full((2, k), v, dtype=torch.int8) for v in (-128, -128))
         for rung in ("cpu", "avx2", "avx512", "avx512_vnni"):
             if dk._ladder.missing(rung, "linear_w8a8", "cpu"):
                 continue
             with dk.rung(rung):
                 y = ops.linear_w8a8(x, torch.ones(2), ops.pack_w8(w), torch.ones(2), dtype="float32")
-            assert torch.equal(y, torch.full((2, 2), float(-127 * 127 * k)).float()), (rung, k)
-    with pytest.raises(ValueError, match=r"x: expected .* K up to 133144"):
-        ops.linear_w8a8(torch.zeros(1, 133_145, dtype=torch.int8), torch.ones(1), ops.pack_w8(w), torch.ones(2))
+            assert torch.equal(y, torch.full((2, 2), float(128 * 128 * k)).float()), (rung, k)
+    with pytest.raises(ValueError, match=r"x: expected .* K up to 131071"):
+        ops.linear_w8a8(torch.zeros(1, 131_072, dtype=torch.int8), torch.ones(1), ops.pack_w8(w), torch.ones(2))
 
 
 def test_rungs_agree_to_the_bit() -> None:

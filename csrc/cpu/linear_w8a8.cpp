@@ -237,7 +237,7 @@ Refusal describe(Call& c, View y, View x, View x_scale, View weight, View weight
         if (x.shape[k] != 1) c.scale_rows.push(x.shape[k], x_scale.stride[k]);
     }
     c.words = (c.depth + kDepth - 1) / kDepth;
-    if (c.depth > INT32_MAX / (127 * 127)) return "x: rows whose products need more than 32 bits";
+    if (c.depth > INT32_MAX / (128 * 128)) return "x: rows whose products need more than 32 bits";
     if (y.size(-1) != c.columns || weight.ndim != 4 || weight.shape[0] != c.panels() || weight.shape[1] != c.words ||
         weight.shape[2] != kPanel || weight.shape[3] != kDepth || !weight.contiguous())
         return "weight: not pack_w8's, or not contiguous";

@@ -11,7 +11,7 @@ from .._op import op
 from . import _broadcast, _norm
 
 COLUMNS, DEPTH = 64, 4  # of a packed panel: outputs side by side, and consecutive inputs of each
-MOST = (2**31 - 1) // 127**2  # inputs whose products always fit into 32 bits
+MOST = (2**31 - 1) // 128**2  # inputs whose products always fit into 32 bits
 ACTIVATIONS = {
     "none": lambda h: h,
     "gelu": F.gelu,
@@ -193,7 +193,7 @@ def linear_w8a8(
     """activation(x Wᵀ · x_scale · weight_scale + bias) · gate + residual, of int8 codes; the sums of products are exact.
 
     Args:
-        x: int8 codes [..., K], -127..127, any strides, K up to 133 144: a row's products fit into 32 bits.
+        x: int8 codes [..., K], any strides, K up to 131 071: a row's products fit into 32 bits.
         x_scale: float32 [...], one a row: `norm_quantize` and `act_quantize` return both.
         weight: uint8 [⌈N/64⌉, ⌈K/4⌉, 64, 4], what `pack_w8` makes of int8 codes [N, K].
         weight_scale: float32 [N], one an output.
