@@ -11,8 +11,6 @@
 namespace dk {
 namespace {
 
-enum Activation { kNone, kGelu, kGeluTanh, kSilu };
-
 struct Call {
     View x;
     Rows rows;
@@ -21,23 +19,15 @@ struct Call {
 };
 
 DK_INLINE bool describe(Call& c, const Text& name) {
-    const char* const plain[] = {"none", "gelu", "gelu_tanh", "silu"};
     const char* const gated[] = {"", "geglu", "geglu_tanh", "swiglu"};
     for (int k = kNone; k <= kSilu; ++k)
-        if (name == plain[k] || (k > kNone && name == gated[k])) {
-            c.activation = k, c.gated = !(name == plain[k]);
+        if (name == kActivations[k] || (k > kNone && name == gated[k])) {
+            c.activation = k, c.gated = !(name == kActivations[k]);
             return true;
         }
     return false;
 }
 DK_INLINE int64_t columns_of(const View& x, bool gated) { return gated ? x.size(-1) / 2 : x.size(-1); }
-
-template <int kActivation>
-DK_INLINE F activated(F x) {
-    if (kActivation == kGelu) return gelu<false>(x);
-    if (kActivation == kGeluTanh) return gelu<true>(x);
-    return kActivation == kSilu ? silu(x) : x;
-}
 
 template <class T, bool kUnit, int kActivation, bool kGated>
 __attribute__((noinline)) void run(const Call& c, const Codes& q, float* line, int64_t begin, int64_t end) {

@@ -19,5 +19,15 @@ DK_INLINE F gelu(F x) {
 }
 DK_INLINE F silu(F x) { return over_one_and_exp(x, -x); }
 
+enum Activation { kNone, kGelu, kGeluTanh, kSilu };
+constexpr const char* kActivations[] = {"none", "gelu", "gelu_tanh", "silu"};
+
+template <int kActivation>
+DK_INLINE F activated(F x) {
+    if (kActivation == kGelu) return gelu<false>(x);
+    if (kActivation == kGeluTanh) return gelu<true>(x);
+    return kActivation == kSilu ? silu(x) : x;
+}
+
 }  // namespace
 }  // namespace dk

@@ -153,16 +153,6 @@ __attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, int64_t
     }
 }
 
-enum Activation { kNone, kGelu, kGeluTanh, kSilu };
-
-template <int kActivation>
-DK_INLINE F activated(F h) {
-    if (kActivation == kGelu) return gelu<false>(h);
-    if (kActivation == kGeluTanh) return gelu<true>(h);
-    if (kActivation == kSilu) return silu(h);
-    return h;
-}
-
 template <class T, int kActivation>
 __attribute__((noinline)) void finish(const Call& c, const uint32_t* sums, const int32_t* offsets, int64_t row, int rows,
                                       int64_t column, int columns) {
@@ -271,11 +261,9 @@ Refusal linear_w8a8(Stream stream, View y, View x, View x_scale, View weight, Vi
     if (y.dtype != wanted || (wanted == DType::bf16 && !(dtype == "bfloat16"))) return "dtype: not a known one, or not y's";
     if (Refusal why = describe(c, y, x, x_scale, weight, weight_scale, bias, gate, residual)) return why;
     c.scratch = static_cast<char*>(stream.scratch);
-    const int kind = activation == "none"        ? kNone
-                     : activation == "gelu"      ? kGelu
-                     : activation == "gelu_tanh" ? kGeluTanh
-                     : activation == "silu"      ? kSilu
-                                                 : -1;
+    int kind = -1;
+    for (int k = kNone; k <= kSilu; ++k)
+        if (activation == kActivations[k]) kind = k;
     if (kind >= 0 && c.rows * c.columns == 0) return nullptr;
     return for_value(Values<kNone, kGelu, kGeluTanh, kSilu>{}, kind, "activation: not a known one", [&](auto which) {
         return for_dtype(Floats{}, y.dtype, "dtype: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {

@@ -9,15 +9,10 @@ from torch import Tensor
 from .._case import Case
 from .._op import op
 from . import _broadcast, _norm
+from .act_quantize import PLAIN as ACTIVATIONS
 
 COLUMNS, DEPTH = 64, 4  # of a packed panel: outputs side by side, and consecutive inputs of each
 MOST = (2**31 - 1) // 128**2  # inputs whose products always fit into 32 bits
-ACTIVATIONS = {
-    "none": lambda h: h,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
-    "silu": F.silu,
-}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
