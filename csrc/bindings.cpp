@@ -1,6 +1,8 @@
 // The one file that knows Python. Tensors and the current stream cross here through DLPack's exchange API; every kernel
 // that kernels.def lists becomes a callable (outputs..., arguments...) -> None, or the words of its refusal.
 #include <pybind11/pybind11.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <array>
 #include <stdexcept>
@@ -318,7 +320,11 @@ py::list cpu_features() {
     if (avx2) has.append("avx2");
     if (avx512) has.append("avx512");
     if (avx512 && __builtin_cpu_supports("avx512vnni")) has.append("avx512_vnni");
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) has.append("avx512_bf16");
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (bf16) has.append("avx512_bf16");
+    // Linux gives a process its tiles when it asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+    if (bf16 && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, 0x1023, 18))
+        has.append("amx");
 #endif
     return has;
 }

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LADDER = {
     "cuda": ("sm90", "cuda", "triton", "reference"),
-    "cpu": ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "cpu", "reference"),
+    "cpu": ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "cpu", "reference"),
 }
 RUNGS = tuple(dict.fromkeys(LADDER["cuda"][:-1] + LADDER["cpu"]))
 
@@ -73,7 +73,7 @@ def unavailable(rung: str, device: str) -> str | None:
             return "needs a GPU of compute capability 9.0"
         if rung == "cuda" and not _built_for(torch.cuda.get_device_capability()):
             return f"not built for this GPU's architecture: CUDA {_C.build['cuda']}"
-    elif rung.startswith("avx") and rung not in _C.cpu_features():
+    elif rung not in ("cpu", "reference", *_C.cpu_features()):
         return f"this processor has no {rung.replace('_', ' with ')}"
     return None
 

@@ -6,13 +6,14 @@
 
 #include "../attention.h"
 #include "../dispatch.h"
+#include "amx.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace dk {
 namespace {
 
-constexpr int kRows = 24;          // divisible by every tile's rows
+constexpr int kRows = kTiles ? 2 * kTileRows : 24;  // divisible by every tile's rows
 constexpr int kKeys = 256;         // of a chunk
 constexpr int kPanel = 64;         // keys side by side in packed k
 constexpr int kLine = kKeys + 16;  // floats from row to row of a block of scores, or queries: no power of two
@@ -53,6 +54,8 @@ DK_INLINE H halves(F v) { return narrow(v, bf16{}); }
 #endif
 template <class T>
 constexpr int kInLane = kPairs<T> ? 2 : 1;  // elements in a lane
+template <bool kDot>
+constexpr int kDepth = kTiles && kDot ? kTileLanes : 1;  // lanes of a product's depth are zeros up to a multiple
 DK_INLINE F splat_bits(const float* x) {
     int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
@@ -97,6 +100,20 @@ void tall(const float* a, int64_t rows, const float* b, int64_t b_step, float* c
     for (; r < rows; ++r) tile<1, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
 }
 
+// The same in matrix tiles: whole ones of rows and of depth, b's one behind the other, b_next from column to column.
+template <bool kAdd, int kTall>
+__attribute__((noinline)) void tiled(const float* a, const float* b, int64_t b_next, float* c, int64_t c_step, int64_t wide,
+                                     int64_t depth) {
+    for (; wide > 1; wide -= 2, b += 2 * b_next, c += 2 * kLanes)
+        square<false, kAdd, kTall, 2>(a, kLine, b, kTileLanes, b_next, c, c_step, depth);
+    if (wide > 0) square<false, kAdd, kTall, 1>(a, kLine, b, kTileLanes, b_next, c, c_step, depth);
+}
+template <bool kAdd>
+void tiled(const float* a, int64_t rows, const float* b, int64_t b_next, float* c, int64_t c_step, int64_t wide, int64_t depth) {
+    if (rows > kTileRows) return tiled<kAdd, 2>(a, b, b_next, c, c_step, wide, depth);
+    tiled<kAdd, 1>(a, b, b_next, c, c_step, wide, depth);
+}
+
 // `wide` vectors of columns.
 template <bool kTurned, bool kAdd, bool kDot = false>
 void product(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t wide,
@@ -113,7 +130,9 @@ void product(const float* a, int64_t rows, const float* b, int64_t b_step, float
     }
 }
 
-// 2^x for x not above 0 by much; 0 below -126: a subnormal would cost a hundred cycles wherever it is used. 1.1 ulp.
+// 2^x for x not above 0 by much; 0 below -126: a subnormal would cost a hundred cycles wherever it is used. 1.1 ulp; where it
+// is rounded to bfloat16 anyway, 1e-7: their sum is not.
+template <bool kShort = false>
 DK_INLINE F exp2(F x) {
 #if defined(__AVX512F__)
     const F r = _mm512_reduce_ps(x, 9);  // x - floor(x)
@@ -123,9 +142,12 @@ DK_INLINE F exp2(F x) {
     const F magic = splat(0x1.8p23f), bounded = choose(x < -127.0f, splat(-127.0f), x), near = (bounded + magic) - magic,
             n = choose(near > bounded, near - 1, near), r = bounded - n;
 #endif
-    F p = splat(0x1.c723a4p-13f);
-    for (const float c : {0x1.461914p-10f, 0x1.3d283ap-7f, 0x1.c684c4p-5f, 0x1.ebfda2p-3f, 0x1.62e42ep-1f, 1.0f})
-        p = fma(p, r, splat(c));
+    F p = splat(kShort ? 0x1.e974fep-10f : 0x1.c723a4p-13f);
+    if constexpr (kShort)
+        for (const float c : {0x1.277854p-7f, 0x1.c91ce6p-5f, 0x1.ebdb56p-3f, 0x1.62e4bap-1f, 1.0f}) p = fma(p, r, splat(c));
+    else
+        for (const float c : {0x1.461914p-10f, 0x1.3d283ap-7f, 0x1.c684c4p-5f, 0x1.ebfda2p-3f, 0x1.62e42ep-1f, 1.0f})
+            p = fma(p, r, splat(c));
 #if defined(__AVX512F__)
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, x);
 #else
@@ -154,7 +176,7 @@ template <bool kDot>
 __attribute__((noinline)) float exponentials_of(float* s, int64_t width, float factor, float base) {
     const F scale = splat(factor), less = splat(-base);
     const auto exponential = [&](int64_t at) __attribute__((always_inline)) {
-        const F p = exp2(fma(load(s + at), scale, less));
+        const F p = exp2<kDot>(fma(load(s + at), scale, less));
         if constexpr (kDot) {
             const H h = halves(p);
             std::memcpy(reinterpret_cast<bf16*>(s) + at, &h, sizeof h);
@@ -224,9 +246,10 @@ void pack_rows(const T* from, int64_t token_step, int64_t step, int64_t tokens, 
     }
 }
 
-// The same with a pair of tokens in a lane: to[pair of tokens][column].
+// The same with a pair of tokens in a lane: to[pair of tokens][column], or [vector of columns][pair of tokens][column].
 template <class T>
-void pack_pairs(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to, int64_t to_step) {
+void pack_pairs(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to, int64_t to_step,
+                int64_t to_next) {
     for (int64_t t = 0; t < tokens; t += 2) {
         fetch(from + t * token_step, token_step, tokens - t, 16, columns * step);
         if (t + 1 < tokens) fetch(from + (t + 1) * token_step, token_step, tokens - t - 1, 16, columns * step);
@@ -235,17 +258,19 @@ void pack_pairs(const T* from, int64_t token_step, int64_t step, int64_t tokens,
             const int n = static_cast<int>(columns - i);
             const U even = bit_cast<U>(some(p, step, n)),  // a bfloat16 is a float's upper half
                 odd = t + 1 < tokens ? bit_cast<U>(some(p + token_step, step, n)) : U{};
-            store(to + t / 2 * to_step + i, bit_cast<F>((even >> 16) | odd));
+            store(to + t / 2 * to_step + i / kLanes * to_next, bit_cast<F>((even >> 16) | odd));
         }
     }
+    for (int64_t pair = (tokens + 1) / 2; pair % kDepth<true>; ++pair)
+        for (int64_t i = 0; i < columns; i += kLanes) store(to + pair * to_step + i / kLanes * to_next, F{});
 }
 
 // Rows turned: panels of kPanel tokens, to[panel][lane of columns][token]; whole vectors, the last token where there are no
 // more.
-template <bool kDot, class T>
+template <bool kDot, int kPanel = dk::kPanel, class T>
 void pack_turned(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to) {
     constexpr int64_t in_lane = kDot ? 2 : 1;
-    const int64_t all = (columns + in_lane - 1) / in_lane;
+    const int64_t all = round_up((columns + in_lane - 1) / in_lane, kDepth<kDot>);
     for (int64_t t = 0; t < tokens; t += kLanes) {
         float* const panel = to + t / kPanel * kPanel * all + t % kPanel;
         const int here = static_cast<int>(tokens - t < kLanes ? tokens - t : kLanes);

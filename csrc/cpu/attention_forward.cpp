@@ -48,7 +48,7 @@ struct Room {
 
     static int64_t slack(int64_t rows) { return round_up(rows, kLanes) + kRows + kLanes; }  // a block is of whole vectors
     static int64_t floats(const Attention& a, int64_t rows) {
-        return kKeys * (a.d + round_up(a.dv, kLanes)) + kRows * kLine + kLine + 4 * round_up(kRows, kLanes) +
+        return kKeys * (round_up(a.d, kTileLanes) + round_up(a.dv, kLanes)) + kRows * kLine + kLine + 4 * round_up(kRows, kLanes) +
                2 * round_up(slack(rows), kLanes) + rows * (kLine + round_up(a.dv, kLanes));
     }
     Room(float* p, const Call& c, int64_t rows) {
@@ -57,13 +57,14 @@ struct Room {
             p += n;
             return here;
         };
-        k = take(kKeys * c.a.d), v = take(kKeys * c.wide), scores = take(kRows * kLine), q = take(rows * kLine);
+        k = take(kKeys * round_up(c.a.d, kTileLanes)), v = take(kKeys * c.wide), scores = take(kRows * kLine), q = take(rows * kLine);
         line = take(kLine), block = take(4 * round_up(kRows, kLanes)), o = take(rows * c.wide),
         top = take(round_up(slack(rows), kLanes));
         total = take(round_up(slack(rows), kLanes));
     }
 };
 
+constexpr float kSlack = 8;  // a row is rescaled when its largest score has grown by more, in units of log2
 constexpr int kSlots = (kRows + kLanes - 1) / kLanes * kLanes;
 
 // A block's scores become their exponentials, `width` of them in a row. What is gathered so far is rescaled: top (in units of
@@ -80,7 +81,7 @@ void exponentials(float* scores, int64_t rows, int64_t width, float factor, floa
     for (int64_t r = 0; r < rows; ++r) highest[r] = largest_of(scores + r * kLine, width);
     I far{}, moved{};
     for (int i = 0; i < kSlots; i += kLanes) {
-        const F h = load(highest + i) * factor, before = load(top + i), next = larger(h, before);
+        const F h = load(highest + i) * factor, before = load(top + i), next = choose(h > before + kSlack, h, before);
         const F from = choose(next == splat(-inf), F{}, next), k = exp2(before - from);
         far |= (h > 0x1p24f) | ((h < -0x1p24f) & (h > -inf)), moved |= k != splat(1);
         store(top + i, next), store(base + i, from), store(kept + i, k);
@@ -130,12 +131,12 @@ struct Ahead {
     const T *k, *v, *q;
     int64_t keys, queries, rows;  // q's only with the next item
 
-    DK_INLINE void fetch(const Attention& a, int64_t row) const {
-        for (int64_t t = row * keys / rows; t < (row + 1) * keys / rows; ++t) {
+    DK_INLINE void fetch(const Attention& a, int64_t row, int64_t n) const {  // the part of n of the rows
+        for (int64_t t = row * keys / rows; t < (row + n) * keys / rows; ++t) {
             prefetch(k + t * a.k.at[1], a.d * sizeof(T));
             prefetch(v + t * a.v.at[1], a.dv * sizeof(T));
         }
-        for (int64_t t = row * queries / rows; t < (row + 1) * queries / rows; ++t)
+        for (int64_t t = row * queries / rows; t < (row + n) * queries / rows; ++t)
             prefetch(q + t * a.q.at[1], a.d * sizeof(T));
     }
 };
@@ -143,10 +144,12 @@ struct Ahead {
 template <class T>
 void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows, float* memory) {
     constexpr bool kDot = kPairs<T>;
+    constexpr bool kTiled = kTiles && kDot;
     const Attention& a = c.a;
     const Sequence& s = w.s;
-    const int64_t depth = (a.d + kInLane<T> - 1) / kInLane<T>;
+    const int64_t depth = round_up((a.d + kInLane<T> - 1) / kInLane<T>, kDepth<kDot>);
     const Room room(memory, c, most_rows);
+    const Tiles tiles;
     for (int64_t i = 0; i < w.count * c.wide; i += kLanes) store(room.o + i, F{});
     for (int64_t i = 0; i < w.count + kRows + kLanes; ++i) room.top[i] = -__builtin_inff(), room.total[i] = 0;
     const Masks masks{a.bias, a.mask};
@@ -159,9 +162,10 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
     }
     for (int64_t first = 0; first < w.reach; first += kKeys) {
         const int64_t keys = w.reach - first < kKeys ? w.reach - first : kKeys, after = w.reach - first - keys;
-        pack_turned<kDot>(w.k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k);
+        pack_turned<kDot, kTiled ? kTileLanes : kPanel>(w.k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k);
         if constexpr (kDot)
-            pack_pairs(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, c.wide);
+            pack_pairs(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v,
+                       kTiled ? kTileLanes : c.wide, kTiled ? kTileLanes * kKeys / 2 : kLanes);
         else
             pack_rows<false>(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, c.wide);
         Ahead<T> ahead{w.k + (first + keys) * a.k.at[1],
@@ -182,14 +186,17 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
                 here = seen[r] > here ? seen[r] : here;
             }
             if (here == 0) continue;
-            const int64_t width = round_up(here, kLanes);
-            for (int64_t j = 0; j < width; j += kPanel)
-                product<false, false, kDot>(room.q + r0 * kLine, rows, room.k + j * depth, kPanel, room.scores + j, kLine,
-                                            (width - j < kPanel ? width - j : kPanel) / kLanes, depth);
+            const int64_t width = round_up(here, kInLane<T> * kDepth<kDot> > kLanes ? kInLane<T> * kDepth<kDot> : kLanes);
+            if constexpr (kTiled)
+                tiled<false>(room.q + r0 * kLine, rows, room.k, kTileLanes * depth, room.scores, kLine, width / kLanes, depth);
+            else
+                for (int64_t j = 0; j < width; j += kPanel)
+                    product<false, false, kDot>(room.q + r0 * kLine, rows, room.k + j * depth, kPanel, room.scores + j, kLine,
+                                                (width - j < kPanel ? width - j : kPanel) / kLanes, depth);
+            ahead.fetch(a, r0, rows);
             for (int64_t r = 0; r < rows; ++r) {
-                const int64_t at = r0 + r, row = w.range.begin + at;
+                const int64_t row = w.range.begin + r0 + r;
                 float* const scores = room.scores + r * kLine;
-                ahead.fetch(a, at);
                 if (!plain) {
                     const int64_t head = w.range.kv_head * a.group() + row / s.queries;
                     masks.apply(w.range.sample, head, row % s.queries, first, width, here, factor, kLog2e, scores, room.line);
@@ -198,11 +205,16 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
             }
             exponentials<kDot>(room.scores, rows, width, plain ? factor : 1, room.top + r0, room.total + r0,
                                room.o + r0 * c.wide, c.wide, room.block);
-            for (int64_t j = 0; j < here; j += kPanel) {
-                const int64_t n = here - j < kPanel ? here - j : kPanel;
-                product<false, true, kDot>(room.scores + j / kInLane<T>, rows, room.v + j / kInLane<T> * c.wide, c.wide,
-                                           room.o + r0 * c.wide, c.wide, c.wide / kLanes, (n + kInLane<T> - 1) / kInLane<T>);
-            }
+            if constexpr (kTiled)
+                tiled<true>(room.scores, rows, room.v, kTileLanes * kKeys / 2, room.o + r0 * c.wide, c.wide, c.wide / kLanes,
+                            width / 2);
+            else
+                for (int64_t j = 0; j < here; j += kPanel) {
+                    const int64_t n = here - j < kPanel ? here - j : kPanel;
+                    product<false, true, kDot>(room.scores + j / kInLane<T>, rows, room.v + j / kInLane<T> * c.wide, c.wide,
+                                               room.o + r0 * c.wide, c.wide, c.wide / kLanes,
+                                               (n + kInLane<T> - 1) / kInLane<T>);
+                }
         }
     }
     for (int64_t at = 0; at < w.count; ++at) {

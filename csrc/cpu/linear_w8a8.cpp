@@ -7,6 +7,7 @@
 // Floor: K multiply-adds a result. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
 // csrc/cpu/linear_w8a8.cpp
 #include "activation.h"
+#include "amx.h"
 #include "norm.h"
 
 namespace dk {
@@ -17,8 +18,11 @@ constexpr int64_t kBlockBytes = 256 * 1024;       // of x's codes: a part of the
 constexpr int64_t kAhead = 6;                     // words of the weight that are asked for ahead
 constexpr int64_t kSerialProducts = 1024 * 1024;  // work below this is not worth a second thread
 
-// One vector of sums, by what the instruction set has: bytes by fours, or words by pairs, or nothing.
-#if defined(__AVX512VNNI__)
+// What sums a tile, by what the instruction set has: matrix tiles, bytes by fours, words by pairs, or nothing.
+#if defined(__AMX_INT8__)
+typedef int8_t Code;
+constexpr int kRowsOfTile = 2 * kTileRows, kVectors = 2, kWide = kLanes;
+#elif defined(__AVX512VNNI__)
 typedef int8_t Code;
 constexpr int kRowsOfTile = 12, kVectors = 2, kWide = kLanes;
 DK_INLINE U weights(const uint8_t* p) { return bit_cast<U>(_mm512_loadu_si512(p)); }
@@ -69,6 +73,8 @@ DK_INLINE U dot(U sum, U w, U x) {
 }
 #endif
 constexpr int kColumnsOfTile = kVectors * kWide;
+constexpr int kFewRows = kTiles ? kTileRows : kRowsOfTile == 4 ? 2 : kRowsOfTile / 3;  // of a tile that is not full
+constexpr int64_t kWordStep = kTiles ? kDepth : kRowsOfTile * kDepth;                  // where x's codes are laid out
 
 struct Call {
     View y, x_scale;
@@ -78,20 +84,22 @@ struct Call {
     int64_t x_step;
     const uint8_t* weight;
     int64_t rows, columns, depth, words;  // y is [rows, columns]; words = ceil(depth / 4)
+    int64_t line;                         // codes that a row takes where it is laid out
     int64_t block;                        // rows of x that are laid out at a time, whole tiles
     char* scratch;
 
     int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
     int64_t blocks() const { return (rows + block - 1) / block; }
-    int64_t codes() const { return block * words * kDepth * static_cast<int64_t>(sizeof(Code)); }
+    int64_t codes() const { return block * line * static_cast<int64_t>(sizeof(Code)); }
     int64_t room() const { return (codes() + block * 4 + 63) / 64 * 64; }  // a thread's: codes, and a sum a row
 };
 
-// x's rows from `from` on, [tile][word][row][4], zeros past the last; sums[r] = 128 * the sum of a row.
+// x's rows from `from` on, [tile][word][row][4], or for matrix tiles [row][line]; zeros past the last; sums[r] = 128 * the sum
+// of a row.
 void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, int32_t* sums) {
-    const int64_t tile = c.words * kRowsOfTile * kDepth;
+    const int64_t tile = kRowsOfTile * c.line, row_step = kTiles ? c.line : kDepth;
     for (int64_t r = 0; r < (rows + kRowsOfTile - 1) / kRowsOfTile * kRowsOfTile; ++r) {
-        Code* const row = to + r / kRowsOfTile * tile + r % kRowsOfTile * kDepth;
+        Code* const row = to + r / kRowsOfTile * tile + r % kRowsOfTile * row_step;
         const auto put = [&](int64_t k, const int8_t* codes, int64_t step, int64_t n) __attribute__((always_inline)) {
             int32_t sum = 0;
             Code four[kDepth] = {};
@@ -99,29 +107,49 @@ void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, int32_t* sums)
                 four[i] = codes[i * step];
                 sum += codes[i * step];
             }
-            std::memcpy(row + k * kRowsOfTile * kDepth, four, sizeof four);
+            std::memcpy(row + k * kWordStep, four, sizeof four);
             return sum;
         };
         uint32_t sum = 0;
         const int8_t* const x = r < rows ? c.x + c.x_rows.offset<int64_t>(from + r) : nullptr;
         const int64_t whole = c.depth / kDepth;
-        if (x && c.x_step == 1)
+        if (kTiles && x && c.x_step == 1) {
+            for (int64_t k = 0; k < whole * kDepth; ++k) sum += static_cast<uint32_t>(x[k]);
+            std::memcpy(row, x, static_cast<size_t>(whole * kDepth));
+        } else if (x && c.x_step == 1)
             for (int64_t k = 0; k < whole; ++k) sum += static_cast<uint32_t>(put(k, x + k * kDepth, 1, kDepth));
         else
             for (int64_t k = 0; k < whole; ++k)
                 sum += static_cast<uint32_t>(put(k, x ? x + k * kDepth * c.x_step : x, c.x_step, x ? kDepth : 0));
         if (whole < c.words)
             sum += static_cast<uint32_t>(put(whole, x ? x + whole * kDepth * c.x_step : x, c.x_step, x ? c.depth % kDepth : 0));
+        if constexpr (kTiles) std::memset(row + c.words * kDepth, 0, static_cast<size_t>(c.line - c.words * kDepth));
         sums[r] = static_cast<int32_t>(128u * sum);
     }
 }
 
 // Sums of a tile's first kRows rows, [kRowsOfTile][kColumnsOfTile].
+#if defined(__AMX_INT8__)
 template <int kRows>
-__attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, int64_t words, uint32_t* to) {
+__attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, const Call& c, uint32_t* to) {
+    constexpr int kTall = kRows / kTileRows;
+    const int64_t line = c.line, words = c.words, whole = words / kTileLanes * kTileLanes;
+    if (c.rows <= kRowsOfTile)  // each weight is read once
+        square<true, false, kTall, kVectors, 4>(x, line / kDepth, w, kPanel, kLanes, to, kColumnsOfTile, whole);
+    else
+        square<true, false, kTall, kVectors>(x, line / kDepth, w, kPanel, kLanes, to, kColumnsOfTile, whole);
+    if (whole == words) return;
+    alignas(64) uint8_t rest[kTileLanes][kColumnsOfTile * kDepth] = {};
+    for (int64_t k = whole; k < words; ++k) std::memcpy(rest[k - whole], w + k * kPanel * kDepth, sizeof rest[0]);
+    square<true, true, kTall, kVectors>(x + whole * kDepth, line / kDepth, rest, kColumnsOfTile, kLanes, to,
+                                            kColumnsOfTile, kTileLanes);
+}
+#else
+template <int kRows>
+__attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, const Call& c, uint32_t* to) {
     U sum[kRows][kVectors] = {};
 #pragma GCC unroll 1
-    for (int64_t k = 0; k < words; ++k, w += kPanel * kDepth, x += kRowsOfTile * kDepth) {
+    for (int64_t k = 0; k < c.words; ++k, w += kPanel * kDepth, x += kRowsOfTile * kDepth) {
         prefetch(w + kAhead * kPanel * kDepth, kColumnsOfTile * kDepth);
         U b[kVectors];
 #pragma GCC unroll 2
@@ -152,6 +180,7 @@ __attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, int64_t
         }
     }
 }
+#endif
 
 template <class T, int kActivation>
 __attribute__((noinline)) void finish(const Call& c, const uint32_t* sums, const int32_t* offsets, int64_t row, int rows,
@@ -190,6 +219,7 @@ void run(const Call& c, int64_t thread, int64_t begin, int64_t end) {
     Code* const codes = reinterpret_cast<Code*>(c.scratch + thread * c.room());
     int32_t* const offsets = reinterpret_cast<int32_t*>(c.scratch + thread * c.room() + c.codes());
     alignas(64) uint32_t sums[kRowsOfTile * kColumnsOfTile];
+    const Tiles tiles;
     int64_t laid_out = -1;
     for (int64_t cell = begin; cell < end; ++cell) {
         const int64_t block = cell / c.panels(), panel = cell % c.panels(), from = block * c.block;
@@ -198,13 +228,13 @@ void run(const Call& c, int64_t thread, int64_t begin, int64_t end) {
         laid_out = block;
         for (int64_t r = 0; r < rows; r += kRowsOfTile) {
             const int n = static_cast<int>(rows - r < kRowsOfTile ? rows - r : kRowsOfTile);
-            const Code* const x = codes + r * c.words * kDepth;
+            const Code* const x = codes + r * c.line;
             for (int64_t j = panel * kPanel; j < c.columns && j < (panel + 1) * kPanel; j += kColumnsOfTile) {
                 const uint8_t* const w = c.weight + panel * c.words * kPanel * kDepth + j % kPanel * kDepth;
-                if (n <= kRowsOfTile / 3 + (kRowsOfTile == 4))
-                    multiply<(kRowsOfTile + 2) / 3>(w, x, c.words, sums);
+                if (n <= kFewRows)
+                    multiply<kFewRows>(w, x, c, sums);
                 else
-                    multiply<kRowsOfTile>(w, x, c.words, sums);
+                    multiply<kRowsOfTile>(w, x, c, sums);
                 const int64_t columns = c.columns - j < kColumnsOfTile ? c.columns - j : kColumnsOfTile;
                 finish<T, kActivation>(c, sums, offsets + r, from + r, n, j, static_cast<int>(columns));
             }
@@ -239,7 +269,8 @@ Refusal describe(Call& c, View y, View x, View x_scale, View weight, View weight
     Operand* const operands[] = {&c.weight_scale, &c.bias, &c.gate, &c.residual};
     for (int k = 0; k < 4; ++k)
         if (Refusal why = describe(*operands[k], given[k], y)) return why;
-    const int64_t tile = kRowsOfTile * c.words * kDepth * static_cast<int64_t>(sizeof(Code));
+    c.line = kTiles ? ((c.depth + 63) / 64 | 1) * 64 : c.words * kDepth;  // odd numbers of cache lines: rows don't share a set
+    const int64_t tile = kRowsOfTile * c.line * static_cast<int64_t>(sizeof(Code));
     const int64_t tiles = (c.rows + kRowsOfTile - 1) / kRowsOfTile, most = tile ? kBlockBytes / tile : tiles;
     const int64_t blocks = most < 1 ? tiles : (tiles + most - 1) / most;
     c.block = (blocks ? (tiles + blocks - 1) / blocks : 1) * kRowsOfTile;  // of one size, or a thread would wait for the other

@@ -2,8 +2,10 @@
 //
 // Idea: eight chains are as many as two units of latency four keep busy. A bf16 is widened from the first cache, as kernels do,
 // or multiplied in pairs; an int8 product is what this rung has for it: four of u8 * i8 into i32, pairs into i16, or int32.
+// Matrix tiles have four accumulators, as a kernel does.
 // Takes: out float32 [items], an item a thread's; what = "f32", "bf16" or "int8". Not an op: the bench calls it.
 // Floor: itself. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/roofline.cpp
+#include "amx.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -23,6 +25,21 @@ float f32(int64_t rounds) {
 #pragma GCC unroll 8
     for (int k = 0; k < kChains; ++k) total += sum[k];
     return total[0];
+}
+
+template <bool kBytes>
+float tiles(int64_t rounds) {
+    constexpr int kTileProducts = kTileRows * kTileLanes * kTileLanes * (kBytes ? 4 : 2);
+    alignas(64) float ones[kTileRows * kTileLanes];
+    for (float& x : ones) x = bit_cast<float>(kBytes ? 0x01010101u : 0x3f803f80u);
+    const Tiles configured;
+    tile_load<4>(ones, 64), tile_load<5>(ones, 64), tile_load<6>(ones, 64), tile_load<7>(ones, 64);
+    for (int64_t i = 0; i < rounds * kProducts / (4 * kTileProducts); ++i) {
+        tile_dot<kBytes, 0, 4, 6>(), tile_dot<kBytes, 1, 4, 7>();
+        tile_dot<kBytes, 2, 5, 6>(), tile_dot<kBytes, 3, 5, 7>();
+    }
+    tile_store<0>(ones, 64);
+    return ones[0];
 }
 
 #if defined(__AVX512BF16__)  // pairs, without widening
@@ -104,7 +121,10 @@ float int8(int64_t rounds) {
 
 Refusal roofline(Stream, View out, int64_t rounds, Text what) {
     if (out.dtype != DType::f32 || out.ndim != 1 || !out.contiguous()) return "out: not contiguous float32 [items]";
-    float (*const run)(int64_t) = what == "f32" ? f32 : what == "bf16" ? half : what == "int8" ? int8 : nullptr;
+    float (*const run)(int64_t) = what == "f32"    ? f32
+                                 : what == "bf16" ? (kTiles ? tiles<false> : half)
+                                 : what == "int8" ? (kTiles ? tiles<true> : int8)
+                                                  : nullptr;
     if (!run) return "what: not f32, bf16 or int8";
     float* const to = static_cast<float*>(out.data);
     auto body = [&](int64_t begin, int64_t end) {

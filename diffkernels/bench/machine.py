@@ -81,7 +81,7 @@ def rooflines(device: str = "cpu", seconds: float = 0.3) -> dict[str, Any]:
     if device == "cuda":
         found["torch.mm"] = {what: _product(what) for what in ARITHMETIC}
         return found
-    out, rounds = torch.empty(torch.get_num_threads()), 2000
+    out, rounds = torch.empty(torch.get_num_threads()), 20000
     for rung in _ladder.LADDER["cpu"]:
         kernel = _ladder.kernel(rung, "roofline") if _ladder.unavailable(rung, "cpu") is None else None
         if kernel is not None:

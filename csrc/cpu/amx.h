@@ -1,0 +1,103 @@
+// Matrix tiles: eight registers of 16 rows by 64 bytes. c += a b, where a's rows hold k, and b's rows k by fours (bytes) or
+// pairs (bfloat16) of 16 columns, as packed weights, keys and values lie anyway. One product of tiles takes 16 cycles.
+//
+// Tiles 0-3 are a square of accumulators, 4 and 5 its rows, 6 and 7 its columns.
+#pragma once
+
+#include "simd.h"
+
+namespace dk {
+namespace {
+
+constexpr int kTileRows = 16, kTileLanes = 16;
+
+#if defined(__AMX_TILE__)
+constexpr bool kTiles = true;
+
+// While it lives, this thread's tiles are configured. The kernel saves no tiles of a thread that has released them.
+struct Tiles {
+    Tiles() {
+        struct {
+            uint8_t palette = 1, row = 0, reserved[14] = {};
+            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } const whole;
+        asm volatile("ldtilecfg %0" ::"m"(whole));
+    }
+    ~Tiles() { asm volatile("tilerelease"); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+};
+
+// Steps are in bytes. gcc 12's own intrinsics do not say that they read memory.
+template <int kTile>
+DK_INLINE void tile_load(const void* p, int64_t step) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(step), "i"(kTile) : "memory");
+}
+template <int kTile>
+DK_INLINE void tile_store(void* p, int64_t step) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(step), "i"(kTile) : "memory");
+}
+template <int kTile>
+DK_INLINE void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+template <bool kBytes, int kTo, int kA, int kB>  // of i8 and u8, or of bfloat16
+DK_INLINE void tile_dot() {
+    if constexpr (kBytes)
+        asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kA), "i"(kB));
+    else
+        asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kA), "i"(kB));
+}
+
+// c[16 kTall][16 kWide] = (or +=) a b. k counts lanes, in whole tiles; steps count lanes from row to row, b_next from b's first
+// tile of columns to its second. b's tiles are asked for kAhead steps ahead, where they come from far.
+template <bool kBytes, bool kAdd, int kTall, int kWide, int kAhead = 0>
+DK_INLINE void square(const void* a, int64_t a_step, const void* b, int64_t b_step, int64_t b_next, void* c, int64_t c_step,
+                      int64_t k) {
+    const char *left = static_cast<const char*>(a), *right = static_cast<const char*>(b);
+    char* const to = static_cast<char*>(c);
+    const int64_t down = kTileRows * a_step * 4, along = kTileLanes * 4, c_down = kTileRows * c_step * 4;
+    if constexpr (kAdd) {
+        tile_load<0>(to, c_step * 4);
+        if constexpr (kWide > 1) tile_load<1>(to + along, c_step * 4);
+        if constexpr (kTall > 1) tile_load<2>(to + c_down, c_step * 4);
+        if constexpr (kTall > 1 && kWide > 1) tile_load<3>(to + c_down + along, c_step * 4);
+    } else {
+        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    }
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < k; i += kTileLanes, left += along, right += kTileRows * b_step * 4) {
+        if constexpr (kAhead > 0)
+            for (int64_t r = kAhead * kTileRows; r < (kAhead + 1) * kTileRows; ++r) prefetch(right + r * b_step * 4, 64 * kWide);
+        tile_load<6>(right, b_step * 4);
+        tile_load<4>(left, a_step * 4);
+        tile_dot<kBytes, 0, 4, 6>();
+        if constexpr (kWide > 1) tile_load<7>(right + b_next * 4, b_step * 4);
+        if constexpr (kWide > 1) tile_dot<kBytes, 1, 4, 7>();
+        if constexpr (kTall > 1) tile_load<5>(left + down, a_step * 4);
+        if constexpr (kTall > 1) tile_dot<kBytes, 2, 5, 6>();
+        if constexpr (kTall > 1 && kWide > 1) tile_dot<kBytes, 3, 5, 7>();
+    }
+    tile_store<0>(to, c_step * 4);
+    if constexpr (kWide > 1) tile_store<1>(to + along, c_step * 4);
+    if constexpr (kTall > 1) tile_store<2>(to + c_down, c_step * 4);
+    if constexpr (kTall > 1 && kWide > 1) tile_store<3>(to + c_down + along, c_step * 4);
+}
+#else
+constexpr bool kTiles = false;
+struct Tiles {
+    Tiles() {}
+};
+template <int kTile>
+DK_INLINE void tile_load(const void*, int64_t) {}
+template <int kTile>
+DK_INLINE void tile_store(void*, int64_t) {}
+template <bool kBytes, int kTo, int kA, int kB>
+DK_INLINE void tile_dot() {}
+template <bool kBytes, bool kAdd, int kTall, int kWide, int kAhead = 0>
+DK_INLINE void square(const void*, int64_t, const void*, int64_t, int64_t, void*, int64_t, int64_t) {}
+#endif
+
+}  // namespace
+}  // namespace dk
