@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,9 +64,26 @@ class QuantizedLinear(nn.Module):
         return weight if self.bias is None else weight.to(self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = ops.act_quantize(x, smooth=self.smooth)
-        dtype = str(x.dtype).removeprefix("torch.")
-        return ops.linear_w8a8(codes, scale, self.packed, self.weight_scale, self.bias, dtype=dtype)
+        return self.from_codes(ops.act_quantize(x, smooth=self.smooth), x.dtype)
+
+    def from_codes(
+        self, coded: Sequence[Tensor], dtype: torch.dtype, gate: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """The map of an input that another op has coded, then · gate + residual, in one epilogue.
+
+        Args:
+            coded: [codes, code_scale] of [..., in_features], made with this layer's `smooth`: what `ops.norm_quantize` and
+                `ops.act_quantize` return.
+            dtype: the result's, float32, float16 or bfloat16.
+            gate, residual: as in `ops.linear_w8a8`.
+
+        Raises as `ops.linear_w8a8` does.
+        """
+        codes, scale = coded
+        name = str(dtype).removeprefix("torch.")
+        return ops.linear_w8a8(
+            codes, scale, self.packed, self.weight_scale, self.bias, gate=gate, residual=residual, dtype=name
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
