@@ -46,9 +46,10 @@ def fuse_(model: nn.Module) -> Report:
 
     A `QuantizedLinear` codes its input in a pass of its own. Fused, the norm or activation before it writes the codes
     (`ops.norm_quantize`, `ops.act_quantize`), and a DiT block's gates and residuals go into the Linears' epilogues
-    (`ops.linear_w8a8`). That is done where it is proven from the types and settings of the modules: in the blocks and MLPs of
-    `models.DiT` and whatever else is a `nn.Fusable`; in an `nn.Sequential`, where a QuantizedLinear follows a GELU, SiLU,
-    LayerNorm or RMSNorm (a Dropout that does nothing may stand between). The rest is left alone, with the reason in the report.
+    (`ops.linear_w8a8`). That is done where it is proven from the types and settings of the modules: in blocks and MLPs of
+    `models.DiT`, MLPs of `models.DiMR` and whatever else is a `nn.Fusable`; in an `nn.Sequential`, where a QuantizedLinear
+    follows a GELU, SiLU, LayerNorm or RMSNorm (a Dropout that does nothing may stand between). The rest is left alone, with
+    the reason in the report.
 
     The proof is repeated in each call: in training mode, or with hooks on an inner layer (so under `compare`), the layers
     are called as before. Results differ by roundings that the fused form does not make: inputs are [..., D], float32,

@@ -16,7 +16,7 @@ import diffkernels as dk
 from diffkernels import _ladder
 from diffkernels.bench.passes import count
 from diffkernels.fuse import FusedSequential, fuse_
-from diffkernels.models import dit
+from diffkernels.models import DiMR, dit
 from diffkernels.models.dit import DiT, DiTBlock
 from diffkernels.nn import Mlp, QuantizedLinear, RMSNorm
 from diffkernels.quantize import Recipe, quantize_
@@ -161,6 +161,32 @@ def test_a_mixed_model_runs_each_block_as_it_can() -> None:
         before = relative(found(x, t, y), exact)
         assert len(fuse_(found).fused) >= 2
         assert relative(found(x, t, y), exact) <= MARGIN * before
+
+
+STAGES = [
+    {"block_type": "TransformerBlock", "dim": 48, "hidden_dim": 96, "num_attention_heads": 2, "num_blocks": 1},
+    {"block_type": "ConvNeXtBlock", "dim": 24, "hidden_dim": 48, "num_blocks": 1, "max_height": 8, "max_width": 8},
+]
+STAGES[0] |= {"max_height": 4, "max_width": 4, "input_feature_ratio": 2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dimr_codes_once_for_two_linears(dtype) -> None:
+    call = torch.randn(2, 4, 8, 8), torch.tensor([30.0, 900.0]), torch.tensor([0, 3])
+    found = drawn(DiMR(STAGES))
+    exact = found(*call)
+    quantized(found.to(dtype), Recipe(skip=("*skip*", "*upsample*"), min_elements=0))
+    call = (call[0].to(dtype), *call[1:])
+    before, mlp, h = relative(found(*call), exact), found.stages[1].blocks[0].block2, torch.randn(2, 8, 8, 24).to(dtype)
+    assert units(count(lambda: mlp(h), h.numel())) == (8, 6)
+    report = fuse_(found)
+    assert [line.name for line in report.fused] == ["stages.0.blocks.0.block2", "stages.1.blocks.0.block2"]
+    assert [line.name for line in report.modules if line.reason] == [
+        f"stages.0.blocks.0.block1.{n}" for n in ("query_key_value", "dense")
+    ]
+    assert relative(found(*call), exact) <= MARGIN * before and units(count(lambda: mlp(h), h.numel())) == (5, 3)
+    other = quantized(DiMR(STAGES).eval(), Recipe(min_elements=0, smooth="weight"))
+    assert reasons(other)["stages.0.blocks.0.block2"] == "w0 and w1 are smoothed, each by its own"
 
 
 def test_what_the_recipe_left_is_left_with_the_reason() -> None:

@@ -81,9 +81,8 @@ class DiTBlock(Fusable):
     def _on_codes(self, x: Tensor, own: Sequence[Tensor]) -> Tensor:
         """The block, every Linear of which is a QuantizedLinear: nothing is read only to be coded, but attention's result."""
         shift1, scale1, gate1, shift2, scale2, gate2 = own
-        qkv: Any = self.attn.qkv
-        proj: Any = self.attn.proj
-        fc1: Any = self.mlp.fc1
+        linears: tuple[Any, ...] = (self.attn.qkv, self.attn.proj, self.mlp.fc1)
+        qkv, proj, fc1 = linears
         o = attend(qkv.from_codes(ops.norm_quantize(x, scale1, shift1, smooth=qkv.smooth), x.dtype), self.attn.num_heads)
         x = proj.from_codes(ops.act_quantize(o, smooth=proj.smooth), x.dtype, gate1, x)
         h = fc1.from_codes(ops.norm_quantize(x, scale2, shift2, smooth=fc1.smooth), x.dtype)

@@ -67,23 +67,26 @@ class QuantizedLinear(nn.Module):
         return self.from_codes(ops.act_quantize(x, smooth=self.smooth), x.dtype)
 
     def from_codes(
-        self, coded: Sequence[Tensor], dtype: torch.dtype, gate: Tensor | None = None, residual: Tensor | None = None
+        self,
+        coded: Sequence[Tensor],
+        dtype: torch.dtype,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str = "none",
     ) -> Tensor:
-        """The map of an input that another op has coded, then · gate + residual, in one epilogue.
+        """activation(the map of an input that another op has coded) · gate + residual, with one epilogue.
 
         Args:
             coded: [codes, code_scale] of [..., in_features], made with this layer's `smooth`: what `ops.norm_quantize` and
                 `ops.act_quantize` return.
             dtype: the result's, float32, float16 or bfloat16.
-            gate, residual: as in `ops.linear_w8a8`.
+            gate, residual, activation: as in `ops.linear_w8a8`.
 
         Raises as `ops.linear_w8a8` does.
         """
         codes, scale = coded
         name = str(dtype).removeprefix("torch.")
-        return ops.linear_w8a8(
-            codes, scale, self.packed, self.weight_scale, self.bias, gate=gate, residual=residual, dtype=name
-        )
+        return ops.linear_w8a8(codes, scale, self.packed, self.weight_scale, self.bias, gate, residual, activation, name)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
