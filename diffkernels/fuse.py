@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .nn import Fusable, QuantizedLinear, RMSNorm, uncoded, watched
+from .ops.linear_w8a8 import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ def fuse_(model: nn.Module) -> Report:
     A `QuantizedLinear` codes its input in a pass of its own. Fused, the norm or activation before it writes the codes
     (`ops.norm_quantize`, `ops.act_quantize`), and a DiT block's gates and residuals go into the Linears' epilogues
     (`ops.linear_w8a8`). That is done where it is proven from the types and settings of the modules: in blocks and MLPs of
-    `models.DiT`, MLPs of `models.DiMR` and whatever else is a `nn.Fusable`; in an `nn.Sequential`, where a QuantizedLinear
-    follows a GELU, SiLU, LayerNorm or RMSNorm (a Dropout that does nothing may stand between). The rest is left alone, with
-    the reason in the report.
+    `models.DiT`, MLPs of `models.DiMR` and whatever else is a `nn.Fusable`; in diffusers' FeedForward with GELU, GEGLU, SiLU or
+    SwiGLU; in an `nn.Sequential`, where a QuantizedLinear follows a GELU, SiLU, LayerNorm or RMSNorm (a Dropout that does
+    nothing may stand between). The rest is left alone, with the reason in the report.
 
     The proof is repeated in each call: in training mode, or with hooks on an inner layer (so under `compare`), the layers
     are called as before. Results differ by roundings that the fused form does not make: inputs are [..., D], float32,
@@ -73,8 +75,8 @@ def fuse_(model: nn.Module) -> Report:
     for name, module in list(model.named_modules()):
         if module in inside:
             continue
-        if type(module) is nn.Sequential and any(isinstance(layer, QuantizedLinear) for layer in module):
-            module.__class__ = FusedSequential
+        if (other := _other_class(module)) is not None:
+            module.__class__ = other
         if isinstance(module, Fusable):
             kind, why = _kind(module), module.why_not()
             module.fused = why is None
@@ -82,13 +84,21 @@ def fuse_(model: nn.Module) -> Report:
             explained.update(module.covers())
             if module.fused:
                 inside.update(module.covers())
-            elif isinstance(module, FusedSequential):
-                module.__class__ = nn.Sequential  # type: ignore[assignment]
+            elif module.plain is not None:
                 del module.fused
+                module.__class__ = module.plain  # type: ignore[assignment]
         elif isinstance(module, QuantizedLinear) and module not in explained:
             around = f"in {_kind(model.get_submodule(name.rpartition('.')[0]))}, of which no pattern is known"
             report.modules.append(Fusion(name, _kind(module), reason=around if name else "the model itself"))
     return report
+
+
+def _other_class(module: nn.Module) -> type[Fusable] | None:
+    """For a module of others that may have a fused form, its class with both forms; `fuse_` goes back where there is none."""
+    if type(module) is nn.Sequential and any(isinstance(layer, QuantizedLinear) for layer in module):
+        return FusedSequential
+    kind: Any = type(module)
+    return _feed_forward(kind) if _diffusers(module, "attention") == "FeedForward" else None
 
 
 def _kind(module: nn.Module) -> str:
@@ -97,6 +107,8 @@ def _kind(module: nn.Module) -> str:
 
 class FusedSequential(Fusable, nn.Sequential):
     """What `fuse_` makes of an nn.Sequential, in place: it answers the same, and is one in everything else."""
+
+    plain = nn.Sequential
 
     def chain(self) -> str:
         return ", ".join(f"{first} {_kind(self._modules[first])} → codes, {last}" for first, last in self._pairs()[0].items())
@@ -144,6 +156,77 @@ class FusedSequential(Fusable, nn.Sequential):
                 if passed == pairs[name]:
                     break
         return x
+
+
+class _FeedForward(Fusable):
+    """diffusers' FeedForward, fused. net: their activation, which begins with a Linear; Dropout; Linear; perhaps Dropout."""
+
+    net: Any
+
+    def chain(self) -> str:
+        return f"proj, {_kind(self.net[0])} → codes, 2"
+
+    def obstacle(self) -> str | None:
+        if len(self.net) not in (3, 4):
+            return f"net has {len(self.net)} modules, not 3 or 4"
+        first, last = self.net[0], self.net[2]
+        activation = _activation(first)
+        if activation is None:
+            return f"net.0: {_kind(first)} has no kernel"
+        for i in (1, 3):
+            if i < len(self.net) and not _idle(self.net[i]):
+                return f"net.{i} is no idle Dropout"
+        why = watched("net.0", first) or uncoded("net.0.proj", first.proj) or uncoded("net.2", last)
+        if why is None and activation in GATED and last.in_features % COLUMNS:
+            return f"net.2: {last.in_features} inputs are no multiple of {COLUMNS}"
+        return why
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = hidden_states
+        if args or kwargs or not self.fuses() or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)
+        first, last = self.net[0], self.net[2]
+        activation, coded = _activation(first), ops.act_quantize(x, smooth=first.proj.smooth)
+        if activation in GATED:  # its first half is the value, its second half the gate: ops.act_quantize has them otherwise
+            gate = first.proj.from_codes(coded, x.dtype, activation=GATED[activation], outputs=(last.in_features, None))
+            h, activation = first.proj.from_codes(coded, x.dtype, gate, outputs=(0, last.in_features)), "none"
+        else:
+            h = first.proj.from_codes(coded, x.dtype)
+        return last.from_codes(ops.act_quantize(h, activation, last.smooth), x.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made where it is wanted: copies and pickles name its parent
+        return _made, (self.plain,), self.__dict__
+
+
+@functools.cache
+def _feed_forward(plain: Any) -> type[Fusable]:
+    return type(f"Fused{plain.__name__}", (_FeedForward, plain), {"plain": plain})
+
+
+def _made(plain: Any) -> nn.Module:
+    kind = _feed_forward(plain)
+    return kind.__new__(kind)
+
+
+def _diffusers(module: nn.Module | None, file: str) -> str | None:
+    """The name of a class of diffusers' own, or None; diffusers itself need not be there."""
+    kind = type(module)
+    return kind.__qualname__ if kind.__module__ == f"diffusers.models.{file}" else None
+
+
+GATED = {"geglu": "gelu", "swiglu": "silu"}
+
+
+def _activation(layer: Any) -> str | None:
+    """What a module of diffusers' `activations` does behind its Linear `proj`, in our ops' words, or None."""
+    name = _diffusers(layer, "activations")
+    if name == "GELU":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(layer.approximate)
+    if name == "GEGLU":
+        return "geglu"
+    if name in ("SwiGLU", "LinearActivation") and type(layer.activation) is nn.SiLU and not watched("", layer.activation):
+        return "swiglu" if name == "SwiGLU" else "silu"
+    return None
 
 
 def _listed(reasons: Mapping[str, str]) -> str | None:

@@ -229,8 +229,10 @@ def test_hooks_and_modes_that_come_later_are_met_by_the_layers() -> None:
     assert torch.equal(found(*call), unfused) and seen == [1]
     hook.remove()
     assert torch.equal(found(*call), fused)
-    assert torch.equal(found.train()(*call), unfused)
-    assert torch.equal(found.eval()(*call), fused)
+    found.blocks.train()  # not the label embedder, which would drop labels
+    assert torch.equal(found(*call), unfused)
+    found.eval()
+    assert torch.equal(found(*call), fused)
     hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
         assert torch.equal(found(*call), unfused) and reasons(found)["blocks.0"] == "all modules have hooks"
@@ -363,6 +365,72 @@ def test_a_dropout_that_drops_is_in_the_way() -> None:
         found.append(call(x))
     assert torch.equal(*found)
     assert reasons(layers) == {"": "2: Dropout writes no codes"} and type(layers) is nn.Sequential
+
+
+FEED_FORWARDS = ["gelu", "gelu-approximate", "geglu", "swiglu", "linear-silu"]
+
+
+@pytest.mark.parametrize("activation", FEED_FORWARDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_diffusers_feed_forward(activation, dtype) -> None:
+    FeedForward = pytest.importorskip("diffusers.models.attention").FeedForward
+    layers = nn.Sequential(drawn(FeedForward(64, 40, dropout=0.2, activation_fn=activation, final_dropout=True)))
+    x = 2 * torch.randn(2, 30, 64)
+    exact = layers(x)
+    quantized(layers.eval().to(dtype), Recipe(skip=(), min_elements=0, smooth="weight"))
+    before, passes = relative(layers(x.to(dtype)), exact), count(lambda: layers(x.to(dtype)), x.numel())
+    (line,) = fuse_(layers).modules
+    assert (line.name, line.kind, line.reason) == ("0", "FeedForward", None) and line.chain.endswith(" → codes, 2")
+    got, fewer = layers(x.to(dtype)), count(lambda: layers(x.to(dtype)), x.numel())
+    assert got.dtype == dtype and relative(got, exact) <= MARGIN * before
+    gated = 4 if activation in ("geglu", "swiglu") else 0  # one half is read by the other's epilogue
+    assert sum(units(passes)) - sum(units(fewer)) == (8 if not gated else 28 - 12)
+    assert isinstance(layers[0], FeedForward) and fuse_(layers).modules == [line]
+    for copied in (copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):
+        assert torch.equal(copied(x.to(dtype)), got) and type(copied[0]) is type(layers[0])
+    torch._dynamo.reset()  # Sequential's forward is compiled anew for each activation
+    assert relative(torch.compile(layers, fullgraph=True)(x.to(dtype)), got) < 0.01
+    seen: list[int] = []
+    layers[0].net[0].proj.register_forward_hook(lambda *_: seen.append(1))
+    assert relative(layers(x.to(dtype)), exact) == before and seen
+    assert reasons(layers) == {"0": "net.0.proj has hooks"} and type(layers[0]) is FeedForward
+
+
+def test_a_feed_forward_that_is_left_alone() -> None:
+    FeedForward = pytest.importorskip("diffusers.models.attention").FeedForward
+    for why, args in {
+        "net.0: ApproximateGELU has no kernel": {"activation_fn": "geglu-approximate"},
+        "net.2: 72 inputs are no multiple of 64": {"inner_dim": 72},
+    }.items():
+        assert reasons(quantized(FeedForward(64, **args).eval())) == {"": why}
+    found = quantized(FeedForward(64).eval())
+    found.net[1] = nn.ReLU()
+    assert reasons(found) == {"": "net.1 is no idle Dropout"}
+    assert reasons(FeedForward(64).eval()) == {"": "net.0.proj is no QuantizedLinear: Linear"}
+
+
+def test_a_block_of_diffusers() -> None:
+    """Its MLP is proven; its norms and its attention are not, and are left alone."""
+    diffusers = pytest.importorskip("diffusers.models.attention")
+    block = drawn(diffusers.BasicTransformerBlock(64, 2, 32))
+    x, exact = torch.randn(2, 9, 64), None
+    exact = block(x)
+    quantized(block)
+    before = relative(block(x), exact)
+    found = reasons(block)
+    assert found.pop("ff") is None and relative(block(x), exact) <= MARGIN * before
+    assert set(found) == {f"attn1.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert found["attn1.to_q"] == "in Attention, of which no pattern is known"
+
+
+def test_half_of_the_outputs() -> None:
+    layer, x = quantized(nn.Sequential(nn.Linear(40, 150)))[0], torch.randn(7, 40)
+    coded, whole = dk.ops.act_quantize(x), layer(x)
+    for first, last in ((0, 64), (64, 128), (128, None), (64, None)):
+        assert torch.equal(layer.from_codes(coded, x.dtype, outputs=(first, last)), whole[:, first:last])
+    for wrong in ((10, None), (0, 100)):
+        with pytest.raises(ValueError, match="outputs: expected multiples of 64"):
+            layer.from_codes(coded, x.dtype, outputs=wrong)
 
 
 def test_the_report_and_bad_arguments() -> None:

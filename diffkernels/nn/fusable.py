@@ -19,6 +19,7 @@ class Fusable(nn.Module):
     """
 
     fused = False
+    plain: type[nn.Module] | None = None  # whose module this is, where `fuse_` made this class of it
 
     def chain(self) -> str:
         """What the fused forward does, a word or two a pass."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.linear_w8a8 import COLUMNS
 
 
 class QuantizedLinear(nn.Module):
@@ -73,6 +74,7 @@ class QuantizedLinear(nn.Module):
         gate: Tensor | None = None,
         residual: Tensor | None = None,
         activation: str = "none",
+        outputs: tuple[int, int | None] = (0, None),
     ) -> Tensor:
         """activation(the map of an input that another op has coded) · gate + residual, with one epilogue.
 
@@ -81,12 +83,20 @@ class QuantizedLinear(nn.Module):
                 `ops.act_quantize` return.
             dtype: the result's, float32, float16 or bfloat16.
             gate, residual, activation: as in `ops.linear_w8a8`.
+            outputs: which outputs are wanted, from a multiple of 64 to a multiple of 64 or to the end (None).
 
-        Raises as `ops.linear_w8a8` does.
+        Raises as `ops.linear_w8a8` does, and ValueError for outputs that begin or end within a panel of 64.
         """
-        codes, scale = coded
+        packed, scale = self.packed, self.weight_scale
+        bias: Tensor | None = self.bias
+        if outputs != (0, None):
+            first, last = outputs
+            if first % COLUMNS or (last or 0) % COLUMNS:
+                raise ValueError(f"outputs: expected multiples of {COLUMNS}, or None for the end, got {outputs}")
+            packed = packed[first // COLUMNS : None if last is None else last // COLUMNS]
+            scale, bias = scale[first:last], None if bias is None else bias[first:last]
         name = str(dtype).removeprefix("torch.")
-        return ops.linear_w8a8(codes, scale, self.packed, self.weight_scale, self.bias, gate, residual, activation, name)
+        return ops.linear_w8a8(*coded, packed, scale, bias, gate, residual, activation, name)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
