@@ -142,8 +142,7 @@ class FusedSequential(Fusable, nn.Sequential):
         return pairs, alone
 
     def forward(self, x: Tensor) -> Tensor:
-        # Under autocast torch's norms answer float32, whatever they are given.
-        if not self.fuses() or torch.is_autocast_enabled(x.device.type):
+        if not self.fuses() or _autocast():
             return super().forward(x)
         pairs, layers = self._pairs()[0], iter(self._modules.items())
         for name, layer in layers:
@@ -183,7 +182,7 @@ class _FeedForward(Fusable):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = hidden_states
-        if args or kwargs or not self.fuses() or torch.is_autocast_enabled(x.device.type):
+        if args or kwargs or not self.fuses() or _autocast():
             return super().forward(x, *args, **kwargs)
         first, last = self.net[0], self.net[2]
         activation, coded = _activation(first), ops.act_quantize(x, smooth=first.proj.smooth)
@@ -227,6 +226,11 @@ def _activation(layer: Any) -> str | None:
     if name in ("SwiGLU", "LinearActivation") and type(layer.activation) is nn.SiLU and not watched("", layer.activation):
         return "swiglu" if name == "SwiGLU" else "silu"
     return None
+
+
+def _autocast() -> bool:
+    """Under it torch's own layers choose their results' dtypes: its norms answer float32, whatever they are given."""
+    return any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
 def _listed(reasons: Mapping[str, str]) -> str | None:

@@ -357,6 +357,16 @@ def test_a_sequential_that_is_left_alone(before, why) -> None:
     assert torch.equal(layers(torch.ones(2, 30, 64)), y)
 
 
+def test_a_forward_that_was_set_is_left_alone() -> None:
+    layers = quantized(nn.Sequential(nn.GELU(), nn.Linear(64, 8)).eval())
+    layers.forward = lambda x: x  # as some offloaders do
+    assert reasons(layers) == {"": "has a forward of its own"} and type(layers) is nn.Sequential
+    del layers.forward
+    fuse_(layers)
+    layers[0].forward = lambda x: 0 * x
+    assert torch.equal(layers(torch.ones(3, 64)), layers[1](torch.zeros(3, 64)))
+
+
 def test_a_dropout_that_drops_is_in_the_way() -> None:
     layers = quantized(nn.Sequential(nn.GELU(), nn.Dropout(0.5), nn.Linear(64, 8)).eval())
     fuse_(layers)
@@ -471,7 +481,9 @@ SMALL = {"num_classes": 10, "patch_size": 4, "hidden_size": 256, "num_heads": 4,
     ("name", "config"),
     [pytest.param("S/4", SMALL, id="small"), pytest.param("B/2", {"learn_sigma": False}, id="B/2", marks=pytest.mark.big)],
 )
-@pytest.mark.parametrize(("outliers", "smooth"), [("weights", "none"), ("activations", "none"), ("activations", "weight")])
+@pytest.mark.parametrize(
+    ("outliers", "smooth"), [("weights", "none"), ("activations", "none"), ("shared", "none"), ("shared", "weight")]
+)
 def test_pictures_are_those_of_float32(name, config, outliers, smooth) -> None:
     """20 steps of a model that answers the picture itself, outliers fifty times as large: 27 dB is what W8A8 is held to."""
     found = bench.drawn(name, outliers, **config)

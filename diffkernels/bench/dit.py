@@ -23,7 +23,7 @@ def drawn(name: str, outliers: str = "weights", seed: int = 0, **config: Any) ->
     """A `models.DiT` of random weights, float32, each branch of which answers what is as large as its input.
 
     `outliers`: "weights", the columns of qkv, proj, fc1 and fc2 have log-normal sizes, and some are LARGER; "activations", some
-    channels that qkv, fc1 and fc2 are given are LARGER, and the weights' columns for them as much smaller; "alone", not those.
+    channels that qkv, fc1 and fc2 are given are LARGER; "shared", and the weights' columns for them as much smaller.
     """
     from ..models import dit
 
@@ -48,7 +48,7 @@ def drawn(name: str, outliers: str = "weights", seed: int = 0, **config: Any) ->
                     fc1.weight[some] *= LARGER
                 else:
                     scale[some] = LARGER - 1
-                layer.weight[:, some] /= LARGER if outliers == "activations" else 1
+                layer.weight[:, some] /= LARGER if outliers == "shared" else 1
     return model
 
 

@@ -41,6 +41,8 @@ class Fusable(nn.Module):
         """`obstacle()`, and what is one for every module."""
         if self.training:
             return "in training mode"
+        if "forward" in self.__dict__:
+            return "has a forward of its own"
         if _module._global_forward_hooks or _module._global_forward_pre_hooks:
             return "all modules have hooks"
         return self.obstacle()
