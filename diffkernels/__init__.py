@@ -22,6 +22,7 @@ __all__ = [
     "disable_sdpa",
     "enable_sdpa",
     "explain",
+    "fuse_",
     "load",
     "ops",
     "quantize_",
@@ -31,7 +32,14 @@ __all__ = [
     "scaled_dot_product_attention",
 ]
 
-_LAZY = {"Recipe": "quantize", "compare": "_compare", "load": "models", "quantize_": "quantize", "save": "models"}
+_LAZY = {
+    "Recipe": "quantize",
+    "compare": "_compare",
+    "fuse_": "fuse",
+    "load": "models",
+    "quantize_": "quantize",
+    "save": "models",
+}
 
 
 def __getattr__(name: str) -> Any:  # what stands above the ops is imported by those who use it

@@ -1,7 +1,7 @@
 """Passes over the activation: what each op of a module reads and writes, counted while it runs.
 
 A unit is one read or one write of the module's activation. Views, matrix products, convolutions by torch, attention and
-lookups are left out: they are what remains when everything else is fused.
+lookups are left out: they are what remains when everything else is fused. What a product's epilogue reads besides is counted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PRODUCTS = (
     "embedding",
     "empty",
 )
+EPILOGUE = ("gate", "residual")
 
 
 @dataclass
@@ -47,10 +48,12 @@ class Passes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2].rstrip("_")
-        if func.is_view or any(p in name for p in PRODUCTS) or name in ("detach", "alias", "_unsafe_view"):
+        product = any(p in name for p in PRODUCTS)
+        beside = [a for a, p in zip(args, func._schema.arguments, strict=False) if product and p.name in EPILOGUE]
+        if func.is_view or (product and not _elements(beside)) or name in ("detach", "alias", "_unsafe_view"):
             return out
-        read = _elements((args, kwargs)) / self.unit
-        write = _elements(out) / self.unit
+        read = _elements(beside if product else (args, kwargs)) / self.unit
+        write = 0.0 if product else _elements(out) / self.unit
         self.reads, self.writes, self.calls = self.reads + read, self.writes + write, self.calls + 1
         entry = self.by_op.setdefault(name, [0, 0.0])
         entry[0] += 1

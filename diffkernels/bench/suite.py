@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .. import _ladder
 from .._case import Case, Draw
 from .._op import OPS, Op
-from . import dimr, machine, oracle, peers, schedulers
+from . import dimr, dit, machine, oracle, peers, schedulers
 from .timing import Busy, Call, measure
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -267,6 +267,14 @@ def _dimr(case: str) -> Subject:
     return Subject(row, contenders, context=dimr.without_products())
 
 
+def _dit(case: str) -> Subject:
+    """A whole model's forward pass in 8 bits beside the same in plain PyTorch, bfloat16; errors are from float32's answer."""
+    contenders, exact, shape = dit.contenders()
+    errors = {name: _worst([call()], [exact.double()]) for name, call in contenders.items()}
+    row = {"model": "DiT-B/2, 256 tokens, batch 2", "dtype": "bf16", "rung": _ladder.running("linear_w8a8"), "shape": shape}
+    return Subject(row | {"error": errors.pop("ours")}, {**contenders}, errors, rounds=9)
+
+
 def _schedulers(case: str) -> Subject:
     row, contenders, errors, per = schedulers.subject(case)
     return Subject(row, {**contenders}, errors, per=per, rounds=9)
@@ -282,6 +290,7 @@ MODELS = {
     "noise in the step": Model((schedulers.NOISE,), _noise, default=True),
     "scheduler step": Model(tuple(schedulers.NAMES), _schedulers),
     "dimr-xl-forward": Model(("all but GEMMs and attention",), _dimr),
+    "dit-b-forward": Model(("int8",), _dit),
 }
 
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .. import RungError, __version__, digits, running
+from ..fuse import fuse_
 from ..models import DiMR, DiT, load
 from ..models.checkpoint import describe
 from ..quantize import RECIPES, Recipe, quantize_
@@ -34,6 +36,10 @@ BUNDLED = {"digits": "digits_dit.safetensors", "dit": "digits_dit.safetensors", 
 OPS = {  # what each architecture runs
     DiT: ("norm_modulate", "gate_residual_norm", "solver_step"),
     DiMR: ("norm_modulate", "gate_residual_norm", "td_params", "slice_moments", "geglu", "depthwise_conv2d", "solver_step"),
+}
+OPS_IN_CODES = {  # and what it runs quantized and fused
+    DiT: ("norm_modulate", "norm_quantize", "act_quantize", "linear_w8a8", "solver_step"),
+    DiMR: (*(op for op in OPS[DiMR] if op != "geglu"), "act_quantize", "linear_w8a8"),
 }
 SCHEDULES: dict[str, Callable[[], DiscreteVP]] = {"linear": DiscreteVP.linear, "cosine": DiscreteVP.cosine}
 MOST = 4096  # pictures on a sheet
@@ -129,8 +135,7 @@ def _run(args: argparse.Namespace) -> None:
     if len(classes) * args.per_class > MOST:
         raise Refused(f"--per-class: expected at most {MOST} pictures in all, got {len(classes)} × {args.per_class}")
     model, about = _model(args.model)
-    if args.quantize and not quantize_(model, Recipe(args.quantize, min_elements=0)).quantized:
-        raise Refused(f"--quantize: {args.model} has no Linear layer that can be quantized")
+    args.recipe = _quantize(model, args) if args.quantize else None
     highest = model.labels - 1
     if max(classes) > highest:
         raise Refused(f"--classes: {args.model} has the labels 0 to {highest}, got {max(classes)}")
@@ -169,6 +174,16 @@ def _run(args: argparse.Namespace) -> None:
         sheet(pictures, classes, title).save(out.partial, format="PNG", pnginfo=info)
     if not args.quiet:
         _tell(args, model, out.path, nfe, 1000 * seconds / len(pictures), len(pictures))
+
+
+def _quantize(model: DiT | DiMR, args: argparse.Namespace) -> str:
+    """Quantizes and fuses; says in a line what came of it. Raises Refused where there is nothing to quantize."""
+    report = quantize_(model, Recipe(args.quantize, min_elements=0))
+    if not report.quantized:
+        raise Refused(f"--quantize: {args.model} has no Linear layer that can be quantized")
+    kinds = Counter(line.kind for line in fuse_(model).fused)
+    fused = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing"
+    return f"{args.quantize}: {len(report.quantized)} of {len(report.layers)} layers; fused: {fused}"
 
 
 def parse_classes(text: str) -> list[int]:
@@ -296,7 +311,7 @@ def _evaluate(
 
     name = f"{args.model}{f' in {args.quantize}' if args.quantize else ''}"
     title = f"{name}: {args.solver}, {_steps(args)}, guidance {args.guidance:g}, {len(labels)} pictures a seed"
-    ran = None if args.quiet else ", ".join(f"{op}: {running(op)}" for op in OPS[type(model)])
+    ran = None if args.quiet else ", ".join(f"{op}: {running(op)}" for op in _ops(model, args))
     table = Table("", "read as meant", "Fréchet distance to the training images", title=title, caption=ran)
     for seed, (accuracy, distance) in enumerate(found, start=args.seed):
         table.add_row(f"seed {seed}", f"{100 * accuracy:.1f} %", f"{distance:.2f}")
@@ -304,6 +319,10 @@ def _evaluate(
     table.add_row("mean ± deviation", f"{100 * a:.1f} ± {100 * b:.1f} %", f"{c:.2f} ± {d:.2f}")
     table.add_row(f"{judge.held} real digits, held out", f"{100 * judge.real[0]:.1f} %", f"{judge.real[1]:.2f}")
     Console(highlight=False, width=110).print(table)
+
+
+def _ops(model: DiT | DiMR, args: argparse.Namespace) -> tuple[str, ...]:
+    return (OPS_IN_CODES if args.quantize else OPS)[type(model)]
 
 
 def _steps(args: argparse.Namespace) -> str:
@@ -425,9 +444,10 @@ def _tell(args: argparse.Namespace, model: DiT | DiMR, path: Path, nfe: int, ms:
 
     rows = {
         "model": args.model,
+        **({"quantize": args.recipe} if args.recipe else {}),
         "solver": f"{' '.join([args.solver, *args.option])}, {_steps(args)}, guidance {args.guidance:g}",
         "evaluations": f"{nfe}" + (", each of a doubled batch (guidance)" if args.guidance != 1 else ""),
-        **{op: f"rung {running(op)}" for op in OPS[type(model)]},
+        **{op: f"rung {running(op)}" for op in _ops(model, args)},
         "time": f"{ms:.1f} ms an image ({count} images)",
         "seed": str(args.seed),
         "written": str(path),

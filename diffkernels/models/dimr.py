@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn import (
     ConcatNormLinear,
+    Fusable,
     TimeDependentLayerNorm,
     TimeDependentRMSNorm,
     TimeTable,
     attend,
     concat_linear,
+    uncoded,
 )
 from ._inputs import check_inputs
 from .checkpoint import architecture
@@ -62,8 +64,11 @@ class Attention(nn.Module):
         return self.dense(attend(self.query_key_value(h), self.num_heads))
 
 
-class GegluMlp(nn.Module):
-    """w2(gelu(w0 h) · w1 h) of a normed h, [..., D] -> [..., D]. Parameters: norm, w0, w1, w2."""
+class GegluMlp(Fusable):
+    """w2(gelu(w0 h) · w1 h) of a normed h, [..., D] -> [..., D]. Parameters: norm, w0, w1, w2.
+
+    Fused, h is coded once for both, the GELU and the product are in their epilogues.
+    """
 
     def __init__(self, stage: Mapping[str, Any], norm_type: str) -> None:
         super().__init__()
@@ -71,8 +76,25 @@ class GegluMlp(nn.Module):
         self.norm = NORMS[norm_type](dim)
         self.w0, self.w1, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
+    def chain(self) -> str:
+        return "→ codes, w0 + GELU, w1 · gate → codes, w2"
+
+    def obstacle(self) -> str | None:
+        for name in ("w0", "w1", "w2"):
+            if why := uncoded(name, getattr(self, name)):
+                return why
+        return None if self.w0.smooth is None and self.w1.smooth is None else "w0 and w1 are smoothed, each by its own"
+
+    def covers(self) -> list[nn.Module]:
+        return [self.w0, self.w1, self.w2]  # the norm is the block's
+
     def forward(self, h: Tensor) -> Tensor:
-        return self.w2(ops.geglu(self.w0(h), self.w1(h)))
+        if not self.fuses():
+            return self.w2(ops.geglu(self.w0(h), self.w1(h)))
+        linears: tuple[Any, ...] = (self.w0, self.w1, self.w2)
+        (w0, w1, w2), coded = linears, ops.act_quantize(h)
+        gated = w1.from_codes(coded, h.dtype, w0.from_codes(coded, h.dtype, activation="gelu"))
+        return w2.from_codes(ops.act_quantize(gated, smooth=w2.smooth), h.dtype)
 
 
 class TransformerBlock(nn.Module):

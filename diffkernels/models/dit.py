@@ -14,22 +14,26 @@ from ..nn import (
     AdaLayerNorm,
     AdaLayerNormZero,
     Attention,
+    Fusable,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
     StackedLinear,
     TimestepEmbedder,
+    attend,
+    other_than,
     sincos_2d,
+    uncoded,
 )
 from ._inputs import check_inputs
 from .checkpoint import architecture
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Fusable):
     """x += g1 · attn(adaLN(x)); x += g2 · mlp(adaLN(x)), with shift, scale and gate of both from c.
 
     Each residual is added in the pass of the norm that follows it, so a block begins behind its first norm and ends behind
-    the next block's.
+    the next block's. Fused, it begins before its first norm, which writes codes, and ends with the last Linear, which adds.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
@@ -38,20 +42,51 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = AdaLayerNormZero(hidden_size)
 
-    def forward(self, x: Tensor, h: Tensor, own: Sequence[Tensor], scale: Tensor, shift: Tensor) -> list[Tensor]:
+    def chain(self) -> str:
+        return "adaLN → codes, qkv, attention → codes, proj + residual; adaLN → codes, fc1, GELU → codes, fc2 + residual"
+
+    def obstacle(self) -> str | None:
+        attn, mlp = self.attn, self.mlp
+        return (
+            other_than(Attention, "attn", attn)
+            or other_than(Mlp, "mlp", mlp)
+            or uncoded("attn.qkv", attn.qkv)
+            or uncoded("attn.proj", attn.proj)
+            or uncoded("mlp.fc1", mlp.fc1)
+            or uncoded("mlp.fc2", mlp.fc2)
+        )
+
+    def forward(
+        self, x: Tensor, h: Tensor | None, own: Sequence[Tensor], scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """One block.
 
         Args:
-            x: [B, N, D], the residual stream. h: its norm, modulated by this block's first shift and scale.
+            x: [B, N, D], the residual stream. h: its norm, modulated by this block's first shift and scale, or None: then the
+                block makes it.
             own: the block's six modulations, [B, D] each, as `adaLN_modulation` orders them.
             scale, shift: [B, D], of the norm that follows the block.
 
         Returns:
-            x and h for what follows.
+            x and h for what follows; no h where the block is fused: who follows makes it, as codes if it can.
         """
-        _, _, gate1, shift2, scale2, gate2 = own
+        shift1, scale1, gate1, shift2, scale2, gate2 = own
+        if self.fuses():
+            return self._on_codes(x, own), None
+        h = ops.norm_modulate(x, scale1, shift1) if h is None else h
         x, h = ops.gate_residual_norm(x, self.attn(h), gate1, scale2, shift2)
-        return ops.gate_residual_norm(x, self.mlp(h), gate2, scale, shift)
+        x, h = ops.gate_residual_norm(x, self.mlp(h), gate2, scale, shift)
+        return x, h
+
+    def _on_codes(self, x: Tensor, own: Sequence[Tensor]) -> Tensor:
+        """The block, every Linear of which is a QuantizedLinear: nothing is read only to be coded, but attention's result."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = own
+        linears: tuple[Any, ...] = (self.attn.qkv, self.attn.proj, self.mlp.fc1)
+        qkv, proj, fc1 = linears
+        o = attend(qkv.from_codes(ops.norm_quantize(x, scale1, shift1, smooth=qkv.smooth), x.dtype), self.attn.num_heads)
+        x = proj.from_codes(ops.act_quantize(o, smooth=proj.smooth), x.dtype, gate1, x)
+        h = fc1.from_codes(ops.norm_quantize(x, scale2, shift2, smooth=fc1.smooth), x.dtype)
+        return self.mlp.activated(h, gate2, x)
 
 
 class FinalLayer(nn.Module):
@@ -174,9 +209,10 @@ class DiT(nn.Module):
         *mine, last = self._modulations(layers, F.silu(c))
         blocks = [m.chunk(6, dim=-1) for m in mine]  # views: the op reads strides
         after = [*(m[:2] for m in blocks[1:]), last.chunk(2, dim=-1)]  # shift and scale of the norm behind each block
-        h = ops.norm_modulate(tokens, blocks[0][1], blocks[0][0])
+        h = None  # the first block makes its own
         for block, own, (shift, scale) in zip(self.blocks, blocks, after, strict=True):
             tokens, h = block(tokens, h, own, scale, shift)
+        h = ops.norm_modulate(tokens, scale, shift) if h is None else h
         return self._unpatchify(self.final_layer(h))
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from .concat import ConcatNormLinear, concat_linear, concat_norm_linear
 from .embed import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_2d
+from .fusable import Fusable, other_than, uncoded, watched
 from .norms import (
     AdaLayerNorm,
     AdaLayerNormContinuous,
@@ -26,6 +27,7 @@ __all__ = [
     "AdaLayerNormZero",
     "Attention",
     "ConcatNormLinear",
+    "Fusable",
     "LabelEmbedder",
     "Mlp",
     "PatchEmbed",
@@ -43,6 +45,9 @@ __all__ = [
     "axial_rope",
     "concat_linear",
     "concat_norm_linear",
+    "other_than",
     "rope_table",
     "sincos_2d",
+    "uncoded",
+    "watched",
 ]

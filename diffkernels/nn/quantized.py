@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.linear_w8a8 import COLUMNS
 
 
 class QuantizedLinear(nn.Module):
@@ -63,9 +65,38 @@ class QuantizedLinear(nn.Module):
         return weight if self.bias is None else weight.to(self.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scale = ops.act_quantize(x, smooth=self.smooth)
-        dtype = str(x.dtype).removeprefix("torch.")
-        return ops.linear_w8a8(codes, scale, self.packed, self.weight_scale, self.bias, dtype=dtype)
+        return self.from_codes(ops.act_quantize(x, smooth=self.smooth), x.dtype)
+
+    def from_codes(
+        self,
+        coded: Sequence[Tensor],
+        dtype: torch.dtype,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str = "none",
+        outputs: tuple[int, int | None] = (0, None),
+    ) -> Tensor:
+        """activation(the map of an input that another op has coded) · gate + residual, with one epilogue.
+
+        Args:
+            coded: [codes, code_scale] of [..., in_features], made with this layer's `smooth`: what `ops.norm_quantize` and
+                `ops.act_quantize` return.
+            dtype: the result's, float32, float16 or bfloat16.
+            gate, residual, activation: as in `ops.linear_w8a8`.
+            outputs: which outputs are wanted, from a multiple of 64 to a multiple of 64 or to the end (None).
+
+        Raises as `ops.linear_w8a8` does, and ValueError for outputs that begin or end within a panel of 64.
+        """
+        packed, scale = self.packed, self.weight_scale
+        bias: Tensor | None = self.bias
+        if outputs != (0, None):
+            first, last = outputs
+            if first % COLUMNS or (last or 0) % COLUMNS:
+                raise ValueError(f"outputs: expected multiples of {COLUMNS}, or None for the end, got {outputs}")
+            packed = packed[first // COLUMNS : None if last is None else last // COLUMNS]
+            scale, bias = scale[first:last], None if bias is None else bias[first:last]
+        name = str(dtype).removeprefix("torch.")
+        return ops.linear_w8a8(*coded, packed, scale, bias, gate, residual, activation, name)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

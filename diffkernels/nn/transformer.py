@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .fusable import Fusable, uncoded
+from .quantized import QuantizedLinear
 
 
 def attend(qkv: Tensor, num_heads: int) -> Tensor:
@@ -29,13 +31,25 @@ class Attention(nn.Module):
         return self.proj(attend(self.qkv(x), self.num_heads))
 
 
-class Mlp(nn.Module):
-    """Linear, GELU (tanh form), Linear: [..., D] -> [..., D]. Parameters: fc1, fc2."""
+class Mlp(Fusable):
+    """Linear, GELU (tanh form), Linear: [..., D] -> [..., D]. Parameters: fc1, fc2. Fused, the GELU writes codes."""
 
     def __init__(self, hidden_size: int, mlp_hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, mlp_hidden)
         self.fc2 = nn.Linear(mlp_hidden, hidden_size)
 
+    def chain(self) -> str:
+        return "fc1, GELU → codes, fc2"
+
+    def obstacle(self) -> str | None:
+        return uncoded("fc2", self.fc2)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        h = self.fc1(x)
+        return self.activated(h) if self.fuses() else self.fc2(F.gelu(h, approximate="tanh"))
+
+    def activated(self, h: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """fc2(gelu(h)) · gate + residual, of a quantized fc2: the GELU writes its codes. As wide as h."""
+        fc2: QuantizedLinear = self.fc2  # type: ignore[assignment]
+        return fc2.from_codes(ops.act_quantize(h, "gelu_tanh", fc2.smooth), h.dtype, gate, residual)
