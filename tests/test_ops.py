@@ -172,6 +172,8 @@ def pytest_generate_tests(metafunc) -> None:
         metafunc.parametrize(("op", "case", "device", "rung", "dtype", "layout"), every_call(full))
     elif "rung" in metafunc.fixturenames:
         metafunc.parametrize(("op", "case", "device", "rung"), every_kernel(full))
+    elif "dtype" in metafunc.fixturenames:
+        metafunc.parametrize(("op", "case", "dtype"), every_gradient(full))
 
 
 EXPECTED = {(op, device, rung) for op in OPS for device in DEVICES for rung in rungs(op, device)}
@@ -330,6 +332,17 @@ def differentiable() -> list:
     return [p for p in every_case() if p.values[0].differentiable]
 
 
+def every_gradient(full: bool) -> list:
+    """What test_gradient takes: every case × dtype of an op with its own gradient; of the body's, which is PyTorch's, a case
+    in one dtype and the next case in the next."""
+    return [
+        pytest.param(op, case, dtype, id=f"{op.name}-{case.name}-{dtype}")
+        for op, case in (p.values for p in differentiable())
+        for i, dtype in enumerate(DTYPES)
+        if full or op.gradient.own is not None or cases(op).index(case) % len(DTYPES) == i
+    ]
+
+
 def requiring_grad(args) -> tuple:
     def leaf(t):
         return t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
@@ -342,8 +355,6 @@ def gradients(outputs, inputs, weights) -> list[Tensor]:
     return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("op", "case"), differentiable())
 def test_gradient(op, case, dtype) -> None:
     """Every input's gradient, through the registered op, against the body's in float64."""
     args = requiring_grad(op.bind((), case.args(Draw(DTYPES[dtype]))))
