@@ -1,4 +1,4 @@
-"""Every op × case × dtype × rung × layout, from the declarations alone: nothing here names an op.
+"""Every op × case × dtype × rung, each case and dtype in every layout, from the declarations alone: nothing here names an op.
 
 The oracle is the op's own body in float64 on the inputs as they are (already rounded). A kernel may be as wrong as the
 body is in its own dtype, plus 2 ulp of the largest result.
@@ -25,6 +25,7 @@ from diffkernels.bench import fuzz, layouts, oracle
 
 DTYPES = fuzz.DTYPES
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+leaves = pytree.tree_leaves
 ROOMY = 200_000  # elements above which a case runs as drawn only
 
 
@@ -92,7 +93,21 @@ LAYOUTS = {
     "zeros": Zeros,
     "large-mean": LargeMean,
 }
-INTERPRETED = {False: ("drawn",), True: ("drawn", "strided", "large-mean")}  # float32?
+
+
+def cases(op) -> list:
+    """The cases that tests run."""
+    return [case for case in op.cases if case.model is None]
+
+
+@cache
+def richest(op):
+    """Of them, the one with the most tensors."""
+    return max(cases(op), key=lambda c: sum(isinstance(t, Tensor) for t in leaves(op.bind((), c.args(Draw(torch.float32))))))
+
+
+def interpreted(rung: str) -> bool:
+    return rung == "triton" and interpreting()
 
 
 def rungs(op: str, device: str) -> list[str]:
@@ -109,22 +124,60 @@ def rungs(op: str, device: str) -> list[str]:
     return here
 
 
-def every_kernel() -> list:
+def every_kernel(full: bool) -> list:
+    """What the other tests of a rung call: every case; the interpreter, a millisecond a program, the first and the richest."""
     return [
         pytest.param(op, case, device, rung, id=f"{name}-{case.name}-{device}-{rung}")
         for name, op in OPS.items()
-        for case in op.cases
+        for case in cases(op)
         for device in DEVICES
         for rung in rungs(name, device)
-        if case.model is None
+        if full or not interpreted(rung) or case in (cases(op)[0], richest(op))
     ]
+
+
+def paired(op, case, rung: str, dtype: str, layout: str) -> bool:
+    """Whether a call is made without --full. As drawn, every case is, in every dtype.
+
+    What a layout breaks is loads and addresses, which follow from the case's operands or the dtype: pairs show it, so a case
+    meets each layout in one dtype, and the next case in the next. The interpreter loads all of them alike: the richest case is
+    enough.
+    """
+    if layout == "drawn":
+        return True
+    if interpreted(rung):
+        return dtype == "f32" and case is richest(op)
+    turn = cases(op).index(case) + list(LAYOUTS).index(layout)
+    return turn % len(DTYPES) == list(DTYPES).index(dtype)
+
+
+def every_call(full: bool) -> list:
+    """What test_kernel calls, the rungs of a call one after another: they share what `expected` keeps."""
+    return [
+        pytest.param(op, case, device, rung, dtype, layout, id=f"{name}-{case.name}-{device}-{rung}-{dtype}-{layout}")
+        for name, op in OPS.items()
+        for case in cases(op)
+        for dtype in DTYPES
+        for layout in LAYOUTS
+        for device in DEVICES
+        for rung in rungs(name, device)
+        if full or paired(op, case, rung, dtype, layout)
+    ]
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """What isn't called without --full isn't collected either."""
+    full = metafunc.config.getoption("--full")
+    if "layout" in metafunc.fixturenames:
+        metafunc.parametrize(("op", "case", "device", "rung", "dtype", "layout"), every_call(full))
+    elif "rung" in metafunc.fixturenames:
+        metafunc.parametrize(("op", "case", "device", "rung"), every_kernel(full))
+    elif "dtype" in metafunc.fixturenames:
+        metafunc.parametrize(("op", "case", "dtype"), every_gradient(full))
 
 
 EXPECTED = {(op, device, rung) for op in OPS for device in DEVICES for rung in rungs(op, device)}
 RAN: set[tuple[str, str, str]] = set()
-
-
-leaves = pytree.tree_leaves
 
 
 def size(args) -> int:
@@ -168,12 +221,7 @@ class Guarded:
         return all(map(fuzz.intact, self.buffers))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
-    if rung == "triton" and interpreting() and layout not in INTERPRETED[dtype == "f32"]:
-        pytest.skip("interpreted, a millisecond a program: test_verify.py draws layouts, too")
     if big(op, case) and layout not in ("drawn", "large-mean"):
         pytest.skip("a big case runs as drawn")
     args, exact, reference = expected(op, case, DTYPES[dtype], LAYOUTS[layout], device)
@@ -185,7 +233,7 @@ def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
     assert all(map(torch.equal, given, after)), "wrote to an input"
     assert len(got) == len(exact) and all(g.is_contiguous() for g in got[: len(got) - len(op.writes)])
     own = oracle.own_error(exact, reference) if op.c > 1 and layout == "drawn" else 0.0  # a gradient's
-    truncates = rung == "triton" and interpreting() and DTYPES[dtype] is torch.bfloat16  # the interpreter; a GPU rounds
+    truncates = interpreted(rung) and DTYPES[dtype] is torch.bfloat16  # the interpreter; a GPU rounds
     for g, e, r in zip(got, exact, reference, strict=True):
         lost = e.numel() and not (r.double() - e).abs().max() <= 0.1 * e.abs().nan_to_num(0, 0).max()
         if layout == "large-mean" and lost:
@@ -195,18 +243,17 @@ def test_kernel(op, case, device, rung, dtype, layout, monkeypatch) -> None:
     RAN.add((op.name, device, rung))
 
 
-@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_small_integers_are_exact_where_the_definition_is(op, case, device, rung) -> None:
     args, exact, _ = expected(op, case, torch.float32, Integers, device)
+    # A solver step's results; none of a norm's but its zeros; 63.5 is a code's tie.
+    whole = [e.numel() > 0 and e.dtype.is_floating_point and bool((e == e.round()).all()) for e in exact]
+    if not any(whole):
+        pytest.skip("no result is whole")
     with dk.rung(rung), torch.no_grad():
         got = oracle.results(op, op.call, args)
-    for g, e in zip(got, exact, strict=True):
-        whole = e == e.round()  # a solver step's results; none of a norm's but its zeros
-        if whole.all() and e.dtype.is_floating_point:  # 63.5 is a code's tie
-            assert torch.equal(g.double(), e)
+    assert all(torch.equal(g.double(), e) for g, e, w in zip(got, exact, whole, strict=True) if w)
 
 
-@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_nan_and_infinity_stay_in_their_sample(op, case, device, rung) -> None:
     clean = op.bind((), case.args(Draw(torch.float32, device)))
     names = [name for name, _ in op.params]
@@ -230,9 +277,8 @@ def test_nan_and_infinity_stay_in_their_sample(op, case, device, rung) -> None:
             assert torch.equal(g.isfinite(), e.isfinite())
 
 
-@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_two_runs_are_bit_equal(op, case, device, rung) -> None:
-    if rung == "triton" and interpreting():
+    if interpreted(rung):
         pytest.skip("interpreted, a millisecond a program: test_verify.py runs each of its calls twice")
     args = op.bind((), case.args(Draw(torch.bfloat16, device)))
     with dk.rung(rung), torch.no_grad():
@@ -241,7 +287,6 @@ def test_two_runs_are_bit_equal(op, case, device, rung) -> None:
         assert torch.equal(*fuzz.bits([a, b]))
 
 
-@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_offsets_are_of_64_bits(op, case, device, rung) -> None:
     if big(op, case, 20_000):
         pytest.skip("a small case has offsets as large")
@@ -253,7 +298,6 @@ def test_offsets_are_of_64_bits(op, case, device, rung) -> None:
             oracle.compare(g, e, r, c=op.c, rms=False, own=oracle.own_error(exact, reference) if op.c > 1 else 0.0)
 
 
-@pytest.mark.parametrize(("op", "case", "device", "rung"), every_kernel())
 def test_any_number_of_threads_gives_the_same_bits(op, case, device, rung, monkeypatch) -> None:
     if device != "cpu" or rung in ("triton", "reference"):
         pytest.skip("threads are the CPU rungs'")
@@ -275,19 +319,28 @@ def test_any_number_of_threads_gives_the_same_bits(op, case, device, rung, monke
 def test_every_usable_rung_ran(request) -> None:
     """What `diffkernels info` calls usable was run above, or this fails."""
     collected = {i.callspec.id for i in request.session.items if i.originalname == "test_kernel"}
-    if len(collected) < len(every_kernel()) * len(DTYPES) * len(LAYOUTS):
+    if len(collected) < len(every_call(request.config.getoption("--full"))):
         pytest.skip("only a part of the suite was selected")
     assert EXPECTED <= RAN, f"usable, but never run: {sorted(EXPECTED - RAN)}"
 
 
 def every_case() -> list:
-    return [
-        pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in op.cases if case.model is None
-    ]
+    return [pytest.param(op, case, id=f"{op.name}-{case.name}") for op in OPS.values() for case in cases(op)]
 
 
 def differentiable() -> list:
     return [p for p in every_case() if p.values[0].differentiable]
+
+
+def every_gradient(full: bool) -> list:
+    """What test_gradient takes: every case × dtype of an op with its own gradient; of the body's, which is PyTorch's, a case
+    in one dtype and the next case in the next."""
+    return [
+        pytest.param(op, case, dtype, id=f"{op.name}-{case.name}-{dtype}")
+        for op, case in (p.values for p in differentiable())
+        for i, dtype in enumerate(DTYPES)
+        if full or op.gradient.own is not None or cases(op).index(case) % len(DTYPES) == i
+    ]
 
 
 def requiring_grad(args) -> tuple:
@@ -302,8 +355,6 @@ def gradients(outputs, inputs, weights) -> list[Tensor]:
     return torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("op", "case"), differentiable())
 def test_gradient(op, case, dtype) -> None:
     """Every input's gradient, through the registered op, against the body's in float64."""
     args = requiring_grad(op.bind((), case.args(Draw(DTYPES[dtype]))))
@@ -344,28 +395,20 @@ def test_gradcheck(op, case) -> None:
     torch.autograd.gradgradcheck(call, [flat[i] for i in where], fast_mode=True, atol=1e-4)
 
 
-@cache
-def richest(op):
-    """Of the cases that tests run, the one with the most tensors."""
-    return max((p.values[1] for p in every_case() if p.values[0] is op), key=lambda c: len(tensors(op, c)))
-
-
-def tensors(op, case) -> list[Tensor]:
-    return [t for t in leaves(op.bind((), case.args(Draw(torch.float32)))) if isinstance(t, Tensor)]
-
-
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 @pytest.mark.parametrize(("op", "case"), every_case())
-def test_opcheck(op, case) -> None:
+def test_opcheck(op, case, request) -> None:
     args = op.bind((), case.args(Draw(torch.float32)))
     if size(args) > ROOMY:
         pytest.skip("a small case says the same")
-    # Tracing, seconds a case, sees only whether an argument is there: the first and the richest case show it.
-    checks = (*CHECKS, "test_aot_dispatch_dynamic") if case in (op.cases[0], richest(op)) else CHECKS
+    # Tracing, seconds a case, and the way through autograd see only whether an argument is there: the richest case shows it,
+    # and the first one is compiled below.
+    traced = request.config.getoption("--full") or case is richest(op)
+    checks = (*CHECKS, "test_aot_dispatch_dynamic") if traced else CHECKS
     torch.library.opcheck(op._overload, args, test_utils=checks)
-    if op.differentiable:
+    if op.differentiable and traced:
         torch.library.opcheck(op._overload, requiring_grad(args), test_utils=checks)
 
 

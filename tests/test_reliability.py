@@ -136,7 +136,7 @@ def test_gradients_are_bit_equal(op) -> None:
 
 
 @every_op
-def test_inputs_are_only_read(op) -> None:
+def test_inputs_are_only_read(op, request) -> None:
     """Nor what lies around them."""
 
     class Banded(Draw):
@@ -155,8 +155,9 @@ def test_inputs_are_only_read(op) -> None:
         for rung in rungs(op):
             on(rung, op, args)
             assert all(torch.equal(bits(t), b) for t, b in zip(watched, before, strict=True)), (case.name, rung)
-        gradients(op, args)
-        assert all(torch.equal(bits(t), b) for t, b in zip(watched, before, strict=True)), (case.name, "gradient")
+        if op.gradient.own is not None or request.config.getoption("--full"):  # the body's is PyTorch's: it only reads
+            gradients(op, args)
+            assert all(torch.equal(bits(t), b) for t, b in zip(watched, before, strict=True)), (case.name, "gradient")
 
 
 class Scratch:
