@@ -1,14 +1,13 @@
 // The one file that knows Python. Tensors and the current stream cross here through DLPack's exchange API; every kernel
 // that kernels.def lists becomes a callable (outputs..., arguments...) -> None, or the words of its refusal.
 #include <pybind11/pybind11.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/features.h"
 #include "cpu/parallel.h"
 #include "dlpack.h"
 #include "op.h"
@@ -312,20 +311,7 @@ void init(const py::object& api, py::dict o) {
 
 py::list cpu_features() {
     py::list has;
-#ifdef DK_HAS_X86
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx2) has.append("avx2");
-    if (avx512) has.append("avx512");
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) has.append("avx512_vnni");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-    if (bf16) has.append("avx512_bf16");
-    // Linux gives a process its tiles when it asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
-    if (bf16 && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, 0x1023, 18))
-        has.append("amx");
-#endif
+    for (const char* rung : features()) has.append(rung);
     return has;
 }
 

@@ -69,7 +69,8 @@ DK_INLINE void square(const void* a, int64_t a_step, const void* b, int64_t b_st
 #pragma GCC unroll 1
     for (int64_t i = 0; i < k; i += kTileLanes, left += along, right += kTileRows * b_step * 4) {
         if constexpr (kAhead > 0)
-            for (int64_t r = kAhead * kTileRows; r < (kAhead + 1) * kTileRows; ++r) prefetch(right + r * b_step * 4, 64 * kWide);
+            for (int64_t r = kAhead * kTileRows; r < (kAhead + 1) * kTileRows; ++r)
+                prefetch(right + r * b_step * 4, 64 * kWide);
         tile_load<6>(right, b_step * 4);
         tile_load<4>(left, a_step * 4);
         tile_dot<kBytes, 0, 4, 6>();

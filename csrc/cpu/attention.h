@@ -14,9 +14,9 @@ namespace dk {
 namespace {
 
 constexpr int kRows = kTiles ? 2 * kTileRows : 24;  // divisible by every tile's rows
-constexpr int kKeys = 256;         // of a chunk
-constexpr int kPanel = 64;         // keys side by side in packed k
-constexpr int kLine = kKeys + 16;  // floats from row to row of a block of scores, or queries: no power of two
+constexpr int kKeys = 256;                          // of a chunk
+constexpr int kPanel = 64;                          // keys side by side in packed k
+constexpr int kLine = kKeys + 16;                   // floats from row to row of a block of scores, or queries: no power of two
 constexpr float kLog2e = 1.4426950408889634f;
 
 constexpr int kTileVectors = kLanes == 16 ? 4 : 3;
@@ -109,7 +109,8 @@ __attribute__((noinline)) void tiled(const float* a, const float* b, int64_t b_n
     if (wide > 0) square<false, kAdd, kTall, 1>(a, kLine, b, kTileLanes, b_next, c, c_step, depth);
 }
 template <bool kAdd>
-void tiled(const float* a, int64_t rows, const float* b, int64_t b_next, float* c, int64_t c_step, int64_t wide, int64_t depth) {
+void tiled(const float* a, int64_t rows, const float* b, int64_t b_next, float* c, int64_t c_step, int64_t wide,
+           int64_t depth) {
     if (rows > kTileRows) return tiled<kAdd, 2>(a, b, b_next, c, c_step, wide, depth);
     tiled<kAdd, 1>(a, b, b_next, c, c_step, wide, depth);
 }

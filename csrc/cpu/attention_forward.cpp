@@ -48,8 +48,8 @@ struct Room {
 
     static int64_t slack(int64_t rows) { return round_up(rows, kLanes) + kRows + kLanes; }  // a block is of whole vectors
     static int64_t floats(const Attention& a, int64_t rows) {
-        return kKeys * (round_up(a.d, kTileLanes) + round_up(a.dv, kLanes)) + kRows * kLine + kLine + 4 * round_up(kRows, kLanes) +
-               2 * round_up(slack(rows), kLanes) + rows * (kLine + round_up(a.dv, kLanes));
+        return kKeys * (round_up(a.d, kTileLanes) + round_up(a.dv, kLanes)) + kRows * kLine + kLine +
+               4 * round_up(kRows, kLanes) + 2 * round_up(slack(rows), kLanes) + rows * (kLine + round_up(a.dv, kLanes));
     }
     Room(float* p, const Call& c, int64_t rows) {
         const auto take = [&](int64_t n) {
@@ -57,7 +57,8 @@ struct Room {
             p += n;
             return here;
         };
-        k = take(kKeys * round_up(c.a.d, kTileLanes)), v = take(kKeys * c.wide), scores = take(kRows * kLine), q = take(rows * kLine);
+        k = take(kKeys * round_up(c.a.d, kTileLanes)), v = take(kKeys * c.wide), scores = take(kRows * kLine),
+        q = take(rows * kLine);
         line = take(kLine), block = take(4 * round_up(kRows, kLanes)), o = take(rows * c.wide),
         top = take(round_up(slack(rows), kLanes));
         total = take(round_up(slack(rows), kLanes));
@@ -164,8 +165,8 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
         const int64_t keys = w.reach - first < kKeys ? w.reach - first : kKeys, after = w.reach - first - keys;
         pack_turned<kDot, kTiled ? kTileLanes : kPanel>(w.k + first * a.k.at[1], a.k.at[1], a.k.at[3], keys, a.d, room.k);
         if constexpr (kDot)
-            pack_pairs(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v,
-                       kTiled ? kTileLanes : c.wide, kTiled ? kTileLanes * kKeys / 2 : kLanes);
+            pack_pairs(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, kTiled ? kTileLanes : c.wide,
+                       kTiled ? kTileLanes * kKeys / 2 : kLanes);
         else
             pack_rows<false>(w.v + first * a.v.at[1], a.v.at[1], a.v.at[3], keys, a.dv, room.v, c.wide);
         Ahead<T> ahead{w.k + (first + keys) * a.k.at[1],

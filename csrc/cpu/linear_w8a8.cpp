@@ -141,8 +141,8 @@ __attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, const C
     if (whole == words) return;
     alignas(64) uint8_t rest[kTileLanes][kColumnsOfTile * kDepth] = {};
     for (int64_t k = whole; k < words; ++k) std::memcpy(rest[k - whole], w + k * kPanel * kDepth, sizeof rest[0]);
-    square<true, true, kTall, kVectors>(x + whole * kDepth, line / kDepth, rest, kColumnsOfTile, kLanes, to,
-                                            kColumnsOfTile, kTileLanes);
+    square<true, true, kTall, kVectors>(x + whole * kDepth, line / kDepth, rest, kColumnsOfTile, kLanes, to, kColumnsOfTile,
+                                        kTileLanes);
 }
 #else
 template <int kRows>

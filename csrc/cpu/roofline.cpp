@@ -122,9 +122,9 @@ float int8(int64_t rounds) {
 Refusal roofline(Stream, View out, int64_t rounds, Text what) {
     if (out.dtype != DType::f32 || out.ndim != 1 || !out.contiguous()) return "out: not contiguous float32 [items]";
     float (*const run)(int64_t) = what == "f32"    ? f32
-                                 : what == "bf16" ? (kTiles ? tiles<false> : half)
-                                 : what == "int8" ? (kTiles ? tiles<true> : int8)
-                                                  : nullptr;
+                                  : what == "bf16" ? (kTiles ? tiles<false> : half)
+                                  : what == "int8" ? (kTiles ? tiles<true> : int8)
+                                                   : nullptr;
     if (!run) return "what: not f32, bf16 or int8";
     float* const to = static_cast<float*>(out.data);
     auto body = [&](int64_t begin, int64_t end) {

@@ -1,0 +1,33 @@
+// Which CPU rungs this processor, and the system it runs under, can run.
+#pragma once
+
+#include <vector>
+
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace dk {
+
+inline std::vector<const char*> features() {
+    std::vector<const char*> has;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni"), bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+    const bool amx =
+        bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("amx-bf16");
+    if (avx2) has.push_back("avx2");
+    if (avx512) has.push_back("avx512");
+    if (vnni) has.push_back("avx512_vnni");
+    if (bf16) has.push_back("avx512_bf16");
+    // Linux saves a process's tiles from when it asks for them: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+    if (amx && syscall(SYS_arch_prctl, 0x1023, 18) == 0) has.push_back("amx");
+#endif
+    return has;
+}
+
+}  // namespace dk
