@@ -14,20 +14,17 @@ constexpr int kTileRows = 16, kTileLanes = 16;
 #if defined(__AMX_TILE__)
 constexpr bool kTiles = true;
 
-// While it lives, this thread's tiles are configured. The kernel saves no tiles of a thread that has released them.
-struct Tiles {
-    Tiles() {
-        struct {
-            uint8_t palette = 1, row = 0, reserved[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } const whole;
-        asm volatile("ldtilecfg %0" ::"m"(whole));
-    }
-    ~Tiles() { asm volatile("tilerelease"); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
-};
+// This thread's tiles, configured; what has released them again costs the system nothing to switch. (No destructor does it:
+// objects must need nothing of C++'s exceptions.)
+DK_INLINE void tiles_begin() {
+    struct {
+        uint8_t palette = 1, row = 0, reserved[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } const whole;
+    asm volatile("ldtilecfg %0" ::"m"(whole));
+}
+DK_INLINE void tiles_end() { asm volatile("tilerelease"); }
 
 // Steps are in bytes. gcc 12's own intrinsics do not say that they read memory.
 template <int kTile>
@@ -87,9 +84,8 @@ DK_INLINE void square(const void* a, int64_t a_step, const void* b, int64_t b_st
 }
 #else
 constexpr bool kTiles = false;
-struct Tiles {
-    Tiles() {}
-};
+DK_INLINE void tiles_begin() {}
+DK_INLINE void tiles_end() {}
 template <int kTile>
 DK_INLINE void tile_load(const void*, int64_t) {}
 template <int kTile>

@@ -150,7 +150,7 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
     const Sequence& s = w.s;
     const int64_t depth = round_up((a.d + kInLane<T> - 1) / kInLane<T>, kDepth<kDot>);
     const Room room(memory, c, most_rows);
-    const Tiles tiles;
+    if constexpr (kDot) tiles_begin();
     for (int64_t i = 0; i < w.count * c.wide; i += kLanes) store(room.o + i, F{});
     for (int64_t i = 0; i < w.count + kRows + kLanes; ++i) room.top[i] = -__builtin_inff(), room.total[i] = 0;
     const Masks masks{a.bias, a.mask};
@@ -218,6 +218,7 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
                 }
         }
     }
+    if constexpr (kDot) tiles_end();
     for (int64_t at = 0; at < w.count; ++at) {
         const int64_t row = w.range.begin + at, head = w.range.kv_head * a.group() + row / s.queries,
                       query = s.q_first + row % s.queries;

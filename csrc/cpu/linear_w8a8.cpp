@@ -219,7 +219,7 @@ void run(const Call& c, int64_t thread, int64_t begin, int64_t end) {
     Code* const codes = reinterpret_cast<Code*>(c.scratch + thread * c.room());
     int32_t* const offsets = reinterpret_cast<int32_t*>(c.scratch + thread * c.room() + c.codes());
     alignas(64) uint32_t sums[kRowsOfTile * kColumnsOfTile];
-    const Tiles tiles;
+    tiles_begin();
     int64_t laid_out = -1;
     for (int64_t cell = begin; cell < end; ++cell) {
         const int64_t block = cell / c.panels(), panel = cell % c.panels(), from = block * c.block;
@@ -240,6 +240,7 @@ void run(const Call& c, int64_t thread, int64_t begin, int64_t end) {
             }
         }
     }
+    tiles_end();
 }
 
 Refusal describe(Call& c, View y, View x, View x_scale, View weight, View weight_scale, Optional bias, Optional gate,

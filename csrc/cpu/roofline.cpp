@@ -32,13 +32,14 @@ float tiles(int64_t rounds) {
     constexpr int kTileProducts = kTileRows * kTileLanes * kTileLanes * (kBytes ? 4 : 2);
     alignas(64) float ones[kTileRows * kTileLanes];
     for (float& x : ones) x = bit_cast<float>(kBytes ? 0x01010101u : 0x3f803f80u);
-    const Tiles configured;
+    tiles_begin();
     tile_load<4>(ones, 64), tile_load<5>(ones, 64), tile_load<6>(ones, 64), tile_load<7>(ones, 64);
     for (int64_t i = 0; i < rounds * kProducts / (4 * kTileProducts); ++i) {
         tile_dot<kBytes, 0, 4, 6>(), tile_dot<kBytes, 1, 4, 7>();
         tile_dot<kBytes, 2, 5, 6>(), tile_dot<kBytes, 3, 5, 7>();
     }
     tile_store<0>(ones, 64);
+    tiles_end();
     return ones[0];
 }
 
