@@ -14,7 +14,8 @@ from .nn.quantized import QuantizedLinear
 
 RECIPES = ("int8",)
 # The first and the last layers and the modulations: few of a model's products, much of its error (Q-DiT, ViDiT-Q).
-SENSITIVE = ("*embed*", "*adaLN*", "*norm*.linear", "final_layer*", "proj_out*")
+# DiMR reads the weights of its upsampling and its long skips: they would be unpacked in every call.
+SENSITIVE = ("*embed*", "*adaLN*", "*norm*.linear", "final_layer*", "proj_out*", "*upsample*", "*skip_dense*")
 
 
 @dataclass(frozen=True)
