@@ -42,7 +42,7 @@ def test_packing_is_undone() -> None:
 def test_sums_are_exact_where_every_product_is_the_largest() -> None:
     for k in (4, 131_071):
         x, w = (torch.full((2, k), v, dtype=torch.int8) for v in (-128, -128))
-        for rung in ("cpu", "avx2", "avx512", "avx512_vnni"):
+        for rung in ("cpu", "avx2", "avx512", "avx512_vnni", "amx"):
             if dk._ladder.missing(rung, "linear_w8a8", "cpu"):
                 continue
             with dk.rung(rung):
@@ -56,7 +56,7 @@ def test_rungs_agree_to_the_bit() -> None:
     call = next(c for c in ops.linear_w8a8.op.cases if c.name == "gated").args(Draw(torch.float32))
     call |= {"activation": "none", "gate": None, "residual": None, "bias": None}
     found = []
-    for rung in ("cpu", "avx2", "avx512", "avx512_vnni"):
+    for rung in ("cpu", "avx2", "avx512", "avx512_vnni", "amx"):
         if dk._ladder.missing(rung, "linear_w8a8", "cpu") is None:
             with dk.rung(rung):
                 found.append(ops.linear_w8a8(**call))
