@@ -73,7 +73,7 @@ def unavailable(rung: str, device: str) -> str | None:
             return "needs a GPU of compute capability 9.0"
         if rung == "cuda" and not _built_for(torch.cuda.get_device_capability()):
             return f"not built for this GPU's architecture: CUDA {_C.build['cuda']}"
-    elif rung not in ("cpu", "reference", *_C.cpu_features()):
+    elif rung not in ("cpu", "triton", "reference", *_C.cpu_features()):
         return f"this processor has no {rung.replace('_', ' with ')}"
     return None
 

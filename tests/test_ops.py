@@ -6,6 +6,7 @@ body is in its own dtype, plus 2 ulp of the largest result.
 
 from __future__ import annotations
 
+import importlib.util
 import mmap
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -322,6 +323,11 @@ def test_every_usable_rung_ran(request) -> None:
     if len(collected) < len(every_call(request.config.getoption("--full"))):
         pytest.skip("only a part of the suite was selected")
     assert EXPECTED <= RAN, f"usable, but never run: {sorted(EXPECTED - RAN)}"
+
+
+@pytest.mark.skipif(not (importlib.util.find_spec("triton") and interpreting()), reason="Triton is not interpreted")
+def test_what_is_interpreted_is_usable() -> None:
+    assert all("triton" in rungs(op, "cpu") for op in OPS if dk._ladder.kernel("triton", op))
 
 
 def every_case() -> list:
