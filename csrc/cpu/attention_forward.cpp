@@ -1,11 +1,12 @@
 // o = softmax(q kT scale + bias) v, lse = log of the sums of exponentials
 //
-// Idea: attention.h's blocks, 24 queries by 256 keys. Scores are one product, values another; between them each row's largest
-// score, its exponentials in units of log2 and their sum. What a row has gathered so far is rescaled once a chunk. Half
-// precision is widened while packing, so that all arithmetic is float32.
+// Idea: attention.h's blocks, kRows queries by 256 keys. Scores are one product, values another; between them each row's
+// largest score, its exponentials in units of log2 and their sum. What a row has gathered so far is rescaled when its scores
+// outgrow it. Half precision is widened while packing, so that all arithmetic is float32; but bfloat16 is multiplied as it is,
+// in pairs or matrix tiles, where there are instructions for that.
 // Takes: float32, float16 or bfloat16, any strides, head dimensions up to 256, every mask; heads of k, v may be shared.
-// Floor: 4 B H Sq Sk D floating point operations. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
-// csrc/cpu/attention_forward.cpp
+// Floor: 4 B H Sq Sk D floating point operations.
+// Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/attention_forward.cpp
 #include "attention.h"
 
 namespace dk {
@@ -187,7 +188,7 @@ void run(const Call& c, const Work<T>& w, const Work<T>* next, int64_t most_rows
                 here = seen[r] > here ? seen[r] : here;
             }
             if (here == 0) continue;
-            const int64_t width = round_up(here, kInLane<T> * kDepth<kDot> > kLanes ? kInLane<T> * kDepth<kDot> : kLanes);
+            const int64_t width = round_up(here, kTiled ? 2 * kTileLanes : kLanes);
             if constexpr (kTiled)
                 tiled<false>(room.q + r0 * kLine, rows, room.k, kTileLanes * depth, room.scores, kLine, width / kLanes, depth);
             else

@@ -2,10 +2,11 @@
 //
 // Idea: a tile of y's sums stays in registers over all of K. The weight lies as pack_w8 leaves it, code + 128, so that x's
 // codes enter the product as they are: sum (w + 128) x - 128 sum x, which wraps in 32 bits and ends exact. x is laid out once
-// for a block of rows, tile by tile in the order of the product, and then meets one panel of 64 outputs after the other. Takes:
-// codes and scales as the op does, any strides but the weight's; y, bias, gate and residual float32, float16 or bfloat16.
-// Floor: K multiply-adds a result. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
-// csrc/cpu/linear_w8a8.cpp
+// for a block of rows, tile by tile in the order of the product (row by row for matrix tiles), and then meets one panel of 64
+// outputs after the other.
+// Takes: codes and scales as the op does, any strides but the weight's; y, bias, gate and residual of any of the three floats.
+// Floor: K multiply-adds a result.
+// Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/linear_w8a8.cpp
 #include "activation.h"
 #include "amx.h"
 #include "norm.h"
