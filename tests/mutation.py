@@ -146,13 +146,6 @@ MUTATIONS = [
         ("tests/test_quantize_ops.py", "zeros"),
     ),
     Mutation(
-        "norm_quantize: two threads with one line",
-        "csrc/cpu/quantize.h",
-        "f(lines + k * width, k * rows",
-        "f(lines, k * rows",
-        ("tests/test_quantize_ops.py", "threads"),
-    ),
-    Mutation(
         "norm_quantize: smooth left out",
         "csrc/cpu/quantize.h",
         "    c.smooth = to;\n",
