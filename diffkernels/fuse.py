@@ -150,7 +150,7 @@ class FusedSequential(Fusable, nn.Sequential):
                 x = layer(x)  # type: ignore[misc]
                 continue
             linear: QuantizedLinear = self._modules[pairs[name]]  # type: ignore[assignment]
-            x = linear.from_codes(CODED[type(layer)](layer, x, linear.smooth), x.dtype)  # type: ignore[index]
+            x = linear.from_codes(CODED[type(layer)](layer, x, linear.coding), x.dtype)  # type: ignore[index]
             for passed, _ in layers:  # the Linear, and before it a Dropout that does nothing
                 if passed == pairs[name]:
                     break
@@ -185,13 +185,13 @@ class _FeedForward(Fusable):
         if args or kwargs or not self.fuses() or _autocast():
             return super().forward(x, *args, **kwargs)
         first, last = self.net[0], self.net[2]
-        activation, coded = _activation(first), ops.act_quantize(x, smooth=first.proj.smooth)
+        activation, coded = _activation(first), ops.act_quantize(x, **first.proj.coding)
         if activation in GATED:  # its first half is the value, its second half the gate: ops.act_quantize has them otherwise
             gate = first.proj.from_codes(coded, x.dtype, activation=GATED[activation], outputs=(last.in_features, None))
             h, activation = first.proj.from_codes(coded, x.dtype, gate, outputs=(0, last.in_features)), "none"
         else:
             h = first.proj.from_codes(coded, x.dtype)
-        return last.from_codes(ops.act_quantize(h, activation, last.smooth), x.dtype)
+        return last.from_codes(ops.act_quantize(h, activation, **last.coding), x.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made where it is wanted: copies and pickles name its parent
         return _made, (self.plain,), self.__dict__
@@ -258,24 +258,24 @@ def _mute(name: str, layer: nn.Module | None, columns: int) -> str | None:
     return watched(name, layer)
 
 
-def _gelu(layer: nn.GELU, x: Tensor, smooth: Tensor | None) -> list[Tensor]:
-    return ops.act_quantize(x, "gelu" if layer.approximate == "none" else "gelu_tanh", smooth)
+def _gelu(layer: nn.GELU, x: Tensor, coding: dict[str, Any]) -> list[Tensor]:
+    return ops.act_quantize(x, "gelu" if layer.approximate == "none" else "gelu_tanh", **coding)
 
 
-def _silu(layer: nn.SiLU, x: Tensor, smooth: Tensor | None) -> list[Tensor]:
-    return ops.act_quantize(x, "silu", smooth)
+def _silu(layer: nn.SiLU, x: Tensor, coding: dict[str, Any]) -> list[Tensor]:
+    return ops.act_quantize(x, "silu", **coding)
 
 
-def _layer_norm(layer: nn.LayerNorm, x: Tensor, smooth: Tensor | None) -> list[Tensor]:
-    return ops.norm_quantize(x, None, None, layer.weight, layer.bias, smooth, "layer", layer.eps)
+def _layer_norm(layer: nn.LayerNorm, x: Tensor, coding: dict[str, Any]) -> list[Tensor]:
+    return ops.norm_quantize(x, weight=layer.weight, bias=layer.bias, norm="layer", eps=layer.eps, **coding)
 
 
-def _rms_norm(layer: Any, x: Tensor, smooth: Tensor | None) -> list[Tensor]:
-    return ops.norm_quantize(x, None, None, layer.weight, None, smooth, "rms", layer.eps)
+def _rms_norm(layer: Any, x: Tensor, coding: dict[str, Any]) -> list[Tensor]:
+    return ops.norm_quantize(x, weight=layer.weight, norm="rms", eps=layer.eps, **coding)
 
 
 # What can write codes instead of its result: exactly these types, for a subclass may do something else.
-CODED: dict[type[nn.Module], Callable[[Any, Tensor, Tensor | None], list[Tensor]]] = {
+CODED: dict[type[nn.Module], Callable[[Any, Tensor, dict[str, Any]], list[Tensor]]] = {
     nn.GELU: _gelu,
     nn.SiLU: _silu,
     nn.LayerNorm: _layer_norm,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn.quantized import QuantizedLinear
+from .ops._quantize import ROTATIONS
 
 RECIPES = ("int8",)
 # The first and the last layers and the modulations: few of a model's products, much of its error (Q-DiT, ViDiT-Q).
@@ -26,8 +27,10 @@ class Recipe:
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
     `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights
     smaller than this stay: their products take less time than the codes. `smooth`: "none", or "weight", the square root of each
-    column's largest weight goes over to the input: for weights with a few large columns.
-    Raises ValueError for an unknown kind or a `min_elements` below 0.
+    column's largest weight goes over to the input: for weights with a few large columns. `rotate`: 0, or 64, 128 or 256
+    columns that are mixed in weight and input alike, as many as divide a layer's, down to 64: for activations with a few large
+    columns, of which the weights know nothing.
+    Raises ValueError for an unknown kind, `smooth` or `rotate`, or a `min_elements` below 0.
     """
 
     kind: str = "int8"
@@ -35,6 +38,7 @@ class Recipe:
     filter_fn: Callable[[str, nn.Module], bool] | None = None
     min_elements: int = 2**14
     smooth: str = "none"
+    rotate: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in RECIPES:
@@ -43,8 +47,14 @@ class Recipe:
             raise ValueError(f"min_elements: expected 0 or more, got {self.min_elements}")
         if self.smooth not in ("none", "weight"):
             raise ValueError(f"smooth: expected 'none' or 'weight', got {self.smooth!r}")
+        if self.rotate and self.rotate not in ROTATIONS:
+            raise ValueError(f"rotate: expected 0, 64, 128 or 256, got {self.rotate!r}")
         if isinstance(self.skip, str):
             raise ValueError(f"skip: expected a list of patterns, got the string {self.skip!r}")
+
+    def columns(self, features: int) -> int:
+        """Of a layer of so many inputs, how many columns are mixed: `rotate`, or what of 64 and 128 divides them; else 0."""
+        return max((n for n in ROTATIONS if n <= self.rotate and features % n == 0), default=0)
 
     def reason(self, name: str, layer: nn.Module) -> str | None:
         """Why a layer is left alone, or None where it is quantized."""
@@ -69,7 +79,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Layer:
-    """One line of a `Report`: `sqnr`, dB, is the weight's power over that of its rounding; bytes are the weight's."""
+    """One line of a `Report`: `sqnr`, dB, is the weight's power over that of its rounding; bytes are the weight's; of `rotate`
+    columns each is mixed."""
 
     name: str
     kind: str | None
@@ -77,6 +88,7 @@ class Layer:
     before: int
     after: int
     sqnr: float = math.nan
+    rotate: int = 0
     reason: str | None = None
 
 
@@ -92,11 +104,12 @@ class Report:
 
     def __str__(self) -> str:
         wide = max([len("layer"), *(len(layer.name) for layer in self.layers)])
-        rows = [f"{'layer':<{wide}}  {'weight':>14}  {'recipe':<6}  {'SQNR':>7}  why not"]
+        rows = [f"{'layer':<{wide}}  {'weight':>14}  {'recipe':<9}  {'SQNR':>7}  why not"]
         for layer in self.layers:
             shape = "×".join(map(str, layer.shape))
             sqnr = "" if layer.kind is None else f"{layer.sqnr:.1f} dB"
-            rows.append(f"{layer.name:<{wide}}  {shape:>14}  {layer.kind or '–':<6}  {sqnr:>7}  {layer.reason or ''}".rstrip())
+            kind = f"{layer.kind or '–'}{f' H{layer.rotate}' if layer.rotate else ''}"
+            rows.append(f"{layer.name:<{wide}}  {shape:>14}  {kind:<9}  {sqnr:>7}  {layer.reason or ''}".rstrip())
         before, after = (sum(getattr(layer, when) for layer in self.layers) for when in ("before", "after"))
         rows.append(f"{len(self.quantized)} of {len(self.layers)} layers; weights {before / 1e6:.2f} -> {after / 1e6:.2f} MB")
         return "\n".join(rows)
@@ -131,9 +144,10 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
             report.layers.append(Layer(name, None, shape, size, size, reason=why))
             continue
         assert isinstance(layer, nn.Linear)
-        made[layer] = new = QuantizedLinear.of(layer, shared(layer.weight) if recipe.smooth == "weight" else None)
+        smooth = shared(layer.weight) if recipe.smooth == "weight" else None
+        made[layer] = new = QuantizedLinear.of(layer, smooth, recipe.columns(layer.in_features))
         codes = new.packed.numel() + 4 * new.out_features
-        report.layers.append(Layer(name, recipe.kind, shape, size, codes, sqnr(layer.weight, new.weight)))
+        report.layers.append(Layer(name, recipe.kind, shape, size, codes, sqnr(layer.weight, new.weight), new.rotate))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children gives a layer of two names once
             if child in made:

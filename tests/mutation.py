@@ -141,9 +141,23 @@ MUTATIONS = [
     Mutation(
         "norm_quantize: a row of zeros divided by",
         "csrc/cpu/quantize.h",
-        "amax <= kLeast ? 1 : amax / 127;",
-        "amax / 127;",
+        "amax <= kLeast ? 1 : amax / 127 * c.norm;",
+        "amax / 127 * c.norm;",
         ("tests/test_quantize_ops.py", "zeros"),
+    ),
+    Mutation(
+        "a rotation without its first step",
+        "csrc/cpu/quantize.h",
+        "across_from<kPaired ? 2 : 1>(v);",
+        "across_from<2>(v);",
+        ("tests/test_quantize_ops.py", "rotation_is"),
+    ),
+    Mutation(
+        "a rotation's root forgotten",
+        "csrc/cpu/quantize.h",
+        "amax / 127 * c.norm;",
+        "amax / 127;",
+        ("tests/test_quantize_ops.py", "rotation_is"),
     ),
     Mutation(
         "norm_quantize: smooth left out",

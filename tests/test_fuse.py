@@ -71,11 +71,11 @@ MARGIN = 1.05
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("smooth", ["none", "weight"])
-def test_a_fused_model_is_as_near_to_the_exact_one(dtype, smooth) -> None:
+@pytest.mark.parametrize(("smooth", "rotate"), [("none", 0), ("weight", 0), ("weight", 128)])
+def test_a_fused_model_is_as_near_to_the_exact_one(dtype, smooth, rotate) -> None:
     x, t, y = inputs()
     exact = model()(x, t, y)
-    half = quantized(model().to(dtype), Recipe(smooth=smooth))
+    half = quantized(model().to(dtype), Recipe(smooth=smooth, rotate=rotate))
     before = relative(half(x.to(dtype), t, y), exact)
     report = fuse_(half)
     assert [line.name for line in report.fused] == ["blocks.0", "blocks.1"] and len(report.modules) == 2
@@ -482,10 +482,17 @@ SMALL = {"num_classes": 10, "patch_size": 4, "hidden_size": 256, "num_heads": 4,
     [pytest.param("S/4", SMALL, id="small"), pytest.param("B/2", {"learn_sigma": False}, id="B/2", marks=pytest.mark.big)],
 )
 @pytest.mark.parametrize(
-    ("outliers", "smooth", "least"),
-    [("weights", "none", 27), ("shared", "none", 27), ("shared", "weight", 27), ("activations", "none", 24)],
+    ("outliers", "how", "least"),
+    [
+        ("weights", {}, 27),
+        ("weights", {"rotate": 256}, 27),
+        ("shared", {}, 27),
+        ("shared", {"smooth": "weight"}, 27),
+        ("activations", {}, 24),
+        ("activations", {"rotate": 256}, 27),
+    ],
 )
-def test_pictures_are_those_of_float32(name, config, outliers, smooth, least) -> None:
+def test_pictures_are_those_of_float32(name, config, outliers, how, least) -> None:
     """20 steps of a model that answers the picture itself, outliers fifty times as large: 27 dB is what W8A8 is held to.
 
     Outliers that the weights know nothing of set a row's scale alone, which no smoothing by the weight sees: 25.8 dB for B/2.
@@ -500,10 +507,10 @@ def test_pictures_are_those_of_float32(name, config, outliers, smooth, least) ->
     dtype = torch.float32
     exact = pictures(found)
     dtype = torch.bfloat16
-    fuse_(quantized(found.bfloat16(), Recipe(smooth=smooth)))
+    fuse_(quantized(found.bfloat16(), Recipe(**how)))
     assert all(block.fuses() for block in found.blocks)
     decibels = bench.psnr(pictures(found), exact)
-    print(f"{name}, outliers in {outliers}, smooth {smooth}: {decibels:.1f} dB")
+    print(f"{name}, outliers in {outliers}, {how}: {decibels:.1f} dB")
     assert decibels >= least
 
 

@@ -153,6 +153,8 @@ def test_bad_arguments_are_named() -> None:
         Recipe(skip="*")
     with pytest.raises(ValueError, match="smooth: expected 'none' or 'weight', got 'half'"):
         Recipe(smooth="half")
+    with pytest.raises(ValueError, match="rotate: expected 0, 64, 128 or 256, got 32"):
+        Recipe(rotate=32)
     with pytest.raises(ValueError, match="min_elements: expected 0 or more, got -1"):
         Recipe(min_elements=-1)
     alone = quantize_(nn.Linear(200, 200))
@@ -201,6 +203,33 @@ def test_smoothing_changes_the_codes_and_not_the_map() -> None:
     assert torch.equal(other(x), smoothed(x))
 
 
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_rotation_changes_the_codes_and_not_the_map(smooth) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(384, 300), torch.randn(50, 384)
+    x[:, 7] *= 100
+    factor = shared(linear.weight) if smooth else None
+    plain, turned = (QuantizedLinear.of(linear, factor, n) for n in (0, 128))
+    assert relative(turned.weight, linear.weight) < 0.02 and relative(turned(x), linear(x)) < relative(plain(x), linear(x)) / 3
+    other = QuantizedLinear(384, 300, smooth=smooth, rotate=128)
+    other.load_state_dict(turned.state_dict())
+    assert torch.equal(other(x), turned(x)) and turned.state_dict()["rotate"] == 128
+    for layer, state in ((QuantizedLinear(384, 300, smooth=smooth), turned), (other, plain)):
+        with pytest.raises(RuntimeError, match=r"rotate: expected (0, got 128|128, got 0)"):
+            layer.load_state_dict(state.state_dict())
+    assert "rotate=128" in str(turned) and "rotate" not in str(plain)
+    with pytest.raises(ValueError, match="rotate: expected 0, 64, 128 or 256, and a divisor of 384 columns, got 256"):
+        QuantizedLinear(384, 300, rotate=256)
+
+
+def test_a_recipe_rotates_as_many_columns_as_divide_a_layers() -> None:
+    model = nn.Sequential(*(nn.Linear(n, 64) for n in (512, 384, 192, 100)))
+    report = quantize_(model, Recipe(rotate=256, min_elements=0))
+    assert [line.rotate for line in report.layers] == [layer.rotate for layer in model] == [256, 128, 64, 0]
+    assert "int8 H128 " in str(report) and "int8       " in str(report)
+    assert [Recipe(rotate=64).columns(n) for n in (512, 96)] == [64, 0]
+
+
 def test_comparison_names_the_layer_that_differs() -> None:
     torch.manual_seed(0)
     a = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
@@ -239,6 +268,29 @@ def test_a_quantized_model_is_saved_and_loaded_whole(tmp_path) -> None:
     quantize_(other, Recipe(smooth="weight"))
     dk.load(path, other)
     assert torch.equal(other.blocks[3].attn.qkv.packed, model.blocks[3].attn.qkv.packed)
+
+
+def test_a_rotated_model_is_saved_and_loaded_as_such(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, path = dit("S/8", num_classes=10, input_size=16, depth=2).eval(), tmp_path / "q.safetensors"
+    quantize_(model, Recipe(rotate=128))
+    dk.save(model, path, dtype=torch.bfloat16)
+    again = dk.load(path)
+    assert again.blocks[0].mlp.fc1.rotate == 128 and again.blocks[0].mlp.fc1.weight.equal(model.blocks[0].mlp.fc1.weight)
+    other = dit("S/8", num_classes=10, input_size=16, depth=2)
+    quantize_(other, Recipe(rotate=64))
+    before = other.blocks[0].attn.qkv.packed.clone()
+    with pytest.raises(CheckpointError, match=r"rotate: expected 64, got 128"):
+        dk.load(path, other)
+    assert torch.equal(other.blocks[0].attn.qkv.packed, before)
+    for value, words in (
+        (torch.tensor(100, dtype=torch.int32), "expected 0, 64, 128 or 256, and a divisor of 384 columns, got 100"),
+        (torch.tensor([64, 64], dtype=torch.int32), r"expected one number of I32, got I32 \[2\]"),
+        (torch.tensor(64.0), r"expected one number of I32, got F32 \[\]"),
+    ):
+        rewritten(path, lambda state, _, v=value: state.update({"blocks.1.attn.qkv.rotate": v}))
+        with pytest.raises(CheckpointError, match=words):
+            dk.load(path)
 
 
 def rewritten(path, change) -> None:

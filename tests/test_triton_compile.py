@@ -68,15 +68,18 @@ def norm_quantize(t):
     "LayerNorm with every operand; four codes, of as many columns as x's 16 bytes hold, go into an instruction."
     given = pointers("codes", "i8") | pointers("scales", "fp32") | matrices("x", t) | operands(AFFINE, t)
     given |= pointers("smooth", t) | {"D": "i32", "eps": "fp32"} | HOW
-    yield "_kernel", given | {"KEEP": True, "BLOCK": 2048}, 4, "STG"
-    yield "_kernel", given | {"KEEP": False, "BLOCK": 4096}, 8, "STG"
+    for rotate in (0, 128):
+        yield "_kernel", given | {"ROTATE": rotate, "KEEP": True, "BLOCK": 2048}, 4, "STG"
+        yield "_kernel", given | {"ROTATE": rotate, "KEEP": False, "BLOCK": 4096}, 8, "STG"
 
 
 def act_quantize(t):
     given = pointers("codes", "i8") | pointers("scales", "fp32") | matrices("x", t) | {"smooth": None, "D": "i32"}
-    for kind, gated, block in ((0, False, 2048), (1, True, 2048), (2, False, 8192), (3, True, 4096)):
-        yield "_kernel", given | {"KIND": kind, "GATED": gated, "KEEP": True, "BLOCK": block}, min(16, block // 512), "STG"
-    wide = given | pointers("smooth", t) | {"KIND": 3, "GATED": True, "KEEP": False, "BLOCK": 4096}
+    kinds = ((0, False, 2048, 64), (1, True, 2048, 0), (2, False, 8192, 256), (2, False, 8192, 0), (3, True, 4096, 0))
+    for kind, gated, block, rotate in kinds:
+        how = {"KIND": kind, "GATED": gated, "ROTATE": rotate, "KEEP": True, "BLOCK": block}
+        yield "_kernel", given | how, min(16, block // 512), "STG"
+    wide = given | pointers("smooth", t) | {"KIND": 3, "GATED": True, "ROTATE": 0, "KEEP": False, "BLOCK": 4096}
     yield "_kernel", wide, 8, "STG"
 
 

@@ -1,7 +1,7 @@
 // codes = round(h * 127 / amax), scale = amax / 127, h = activation(x) * smooth or activation(a) * b * smooth, amax = max |h|
 //
 // Idea: h is made once, in float32, in a line that the thread keeps in its caches, its largest magnitude on the way; a second
-// walk, over the line, rounds. The two halves of a gated row are read as they lie.
+// walk, over the line, rounds, perhaps after one that rotates. The two halves of a gated row are read as they lie.
 // Takes: x float32, float16 or bfloat16; smooth of any of these; any strides.
 // Floor: a read of x and a byte a code. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
 // csrc/cpu/act_quantize.cpp
@@ -47,20 +47,20 @@ __attribute__((noinline)) void run(const Call& c, const Codes& q, float* line, i
     }
 }
 
-int64_t bytes(Stream, Views, View x, Text activation, Optional) {
+int64_t bytes(Stream, Views, View x, Text activation, Optional, int64_t) {
     Call c{};
     if (x.ndim < 1 || x.size(-1) < 1 || !describe(c, activation)) return 0;
     return bytes_of(x.numel() / x.size(-1), columns_of(x, c.gated));
 }
 
-Refusal act_quantize(Stream stream, Views out, View x, Text activation, Optional smooth) {
+Refusal act_quantize(Stream stream, Views out, View x, Text activation, Optional smooth, int64_t rotate) {
     Call c{};
     Codes q{};
     Operand factor;
     if (!rows_of(x, c.rows)) return "x: fewer than 1 or more than 8 dimensions";
     if (!describe(c, activation)) return "activation: not a known one";
     if (c.gated && x.size(-1) % 2) return "x: an odd number of columns";
-    if (Refusal why = describe(q, factor, out, x, columns_of(x, c.gated), smooth)) return why;
+    if (Refusal why = describe(q, factor, out, x, columns_of(x, c.gated), smooth, rotate)) return why;
     if (q.rows == 0) return nullptr;
     c.x = x;
     return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
@@ -86,4 +86,4 @@ Refusal act_quantize(Stream stream, Views out, View x, Text activation, Optional
 
 using dk::act_quantize;
 using dk::bytes;
-DK_ENTRY_WITH_SCRATCH(act_quantize, "out x activation smooth", bytes)
+DK_ENTRY_WITH_SCRATCH(act_quantize, "out x activation smooth rotate", bytes)

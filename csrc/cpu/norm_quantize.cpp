@@ -1,7 +1,7 @@
-// codes = round(h * 127 / amax), scale = amax / 127, h = norm_modulate's result * smooth, amax = max |h| over rows of D
+// codes = round(h * 127 / amax), scale = amax / 127, h = norm_modulate's result * smooth, perhaps rotated, amax = max |h|
 //
 // Idea: as norm_modulate, but the second walk leaves h, in float32, in a line that the thread keeps in its caches, and finds
-// the largest magnitude on its way; a third walk, over the line, rounds.
+// the largest magnitude on its way; a third walk, over the line, rounds. A rotation is a walk over the line between them.
 // Takes: x float32, float16 or bfloat16; operands of any of these; any strides, any D >= 1.
 // Floor: a read of x and a byte an element. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
 // csrc/cpu/norm_quantize.cpp
@@ -25,17 +25,17 @@ void normalize(const Norm& c, const Codes& q, float* line, int64_t begin, int64_
     }
 }
 
-int64_t bytes(Stream, Views, View x, Optional, Optional, Optional, Optional, Optional, Text, double, Text) {
+int64_t bytes(Stream, Views, View x, Optional, Optional, Optional, Optional, Optional, int64_t, Text, double, Text) {
     return x.ndim < 1 || x.size(-1) < 1 ? 0 : bytes_of(x.numel() / x.size(-1), x.size(-1));
 }
 
 Refusal norm_quantize(Stream stream, Views out, View x, Optional scale, Optional shift, Optional weight, Optional bias,
-                      Optional smooth, Text norm, double eps, Text eps_mode) {
+                      Optional smooth, int64_t rotate, Text norm, double eps, Text eps_mode) {
     Norm c{};
     Codes q{};
     Operand factor;
     if (Refusal why = describe(c, x, scale, shift, weight, bias, norm, eps, eps_mode)) return why;
-    if (Refusal why = describe(q, factor, out, x, c.columns, smooth)) return why;
+    if (Refusal why = describe(q, factor, out, x, c.columns, smooth, rotate)) return why;
     if (q.rows == 0) return nullptr;
     return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
@@ -53,4 +53,4 @@ Refusal norm_quantize(Stream stream, Views out, View x, Optional scale, Optional
 
 using dk::bytes;
 using dk::norm_quantize;
-DK_ENTRY_WITH_SCRATCH(norm_quantize, "out x scale shift weight bias smooth norm eps eps_mode", bytes)
+DK_ENTRY_WITH_SCRATCH(norm_quantize, "out x scale shift weight bias smooth rotate norm eps eps_mode", bytes)

@@ -59,15 +59,6 @@ void spread(const Qkv& c, int64_t sample, int64_t token, Table& table) {
     }
 }
 
-// Columns 1, 0, 3, 2, ...
-DK_INLINE F swapped(F v) {
-#if defined(__AVX512F__)
-    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-#else
-    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
-#endif
-}
-
 // f(i, n) for columns i.. of [begin, end), n of them: kLanes, but for the last.
 template <class G>
 DK_INLINE void walk(int64_t begin, int64_t end, G f) {
@@ -181,7 +172,7 @@ struct Token {
             else
                 walk(0, 2 * half, [&](int64_t i, int n) __attribute__((always_inline)) {
                     const F v = from.normed(i, n);
-                    put(i, n, fma(v, load(table.cos + i), product(swapped(v), load(table.sin + i))));
+                    put(i, n, fma(v, load(table.cos + i), product(swapped<1>(v), load(table.sin + i))));
                 });
             walk(2 * half, columns, [&](int64_t i, int n) __attribute__((always_inline)) { put(i, n, from.normed(i, n)); });
         }

@@ -73,6 +73,8 @@ struct Codes {
     int8_t* codes;
     float *scales, *lines;
     const float* smooth;  // in T's order, or nullptr
+    int64_t rotate;       // the columns of a group, or 0
+    float norm;           // 1 / sqrt(rotate), or 1
     int64_t columns, rows, width, parts;
 
     // f(part, begin, end) over all rows
@@ -100,8 +102,8 @@ DK_INLINE int64_t bytes_of(int64_t rows, int64_t columns) {
 }
 
 // Of rows of x; `columns` are those of the codes.
-DK_INLINE Refusal describe(Codes& c, Operand& factor, const Views& out, const View& x, int64_t columns,
-                           const Optional& smooth) {
+DK_INLINE Refusal describe(Codes& c, Operand& factor, const Views& out, const View& x, int64_t columns, const Optional& smooth,
+                           int64_t rotate) {
     if (out.count != 2) return "out: not codes and their scales";
     const View &codes = out[0], &scales = out[1];
     if (codes.dtype != DType::i8 || codes.ndim != x.ndim || codes.size(-1) != columns || !codes.contiguous())
@@ -116,6 +118,9 @@ DK_INLINE Refusal describe(Codes& c, Operand& factor, const Views& out, const Vi
             return "smooth: not [D] of float32, float16 or bfloat16";
         factor.view = smooth, factor.present = true;
     }
+    if (rotate != 0 && ((rotate != 64 && rotate != 128 && rotate != 256) || columns % rotate != 0))
+        return "rotate: not 0, 64, 128 or 256, or no divisor of the columns";
+    c.rotate = rotate, c.norm = rotate == 64 ? 0.125f : rotate == 128 ? 0.0883883476f : rotate == 256 ? 0.0625f : 1;
     c.codes = static_cast<int8_t*>(codes.data), c.scales = static_cast<float*>(scales.data);
     c.columns = columns, c.rows = scales.numel();
     return nullptr;
@@ -133,6 +138,68 @@ DK_INLINE void prepare(Codes& c, const Operand& factor, void* scratch) {
         store(to + i, v.lo), store(to + i + kLanes, v.hi);
     }
     c.smooth = to;
+}
+
+// The steps of a Walsh-Hadamard transform are sums and differences of columns 1 apart, then 2, 4, 8, ...: in this order, and so
+// with the same bits on every rung. Vectors kStep apart; or lanes.
+template <int kStep, int kCount>
+DK_INLINE void across(F (&v)[kCount]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i)
+        if (!(i & kStep)) {
+            const F a = v[i], b = v[i | kStep];
+            v[i] = a + b, v[i | kStep] = a - b;
+        }
+}
+template <int kStep, int kCount>
+DK_INLINE void within(F (&v)[kCount]) {
+    F sign;
+    for (int i = 0; i < kLanes; ++i) sign[i] = i & kStep ? -1.0f : 1.0f;
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) v[i] = fma(v[i], sign, swapped<kStep>(v[i]));  // exact but for the sum's rounding
+}
+// Steps from kFrom vectors on.
+template <int kFrom, int kCount>
+DK_INLINE void across_from(F (&v)[kCount]) {
+    if constexpr (kFrom < kCount) {
+        across<kFrom>(v);
+        across_from<2 * kFrom>(v);
+    }
+}
+template <int kFrom, int kCount>
+DK_INLINE void within_from(F (&v)[kCount]) {
+    if constexpr (kFrom < kLanes) {
+        within<kFrom>(v);
+        within_from<2 * kFrom>(v);
+    }
+}
+
+// A line, by groups of kGroup columns; the largest magnitude of what it becomes. kPaired: in bf16's order.
+template <bool kPaired, int kGroup>
+__attribute__((noinline)) I rotated(float* at, int64_t columns) {
+    constexpr int kHeld = kLanes == 16 ? kGroup : 64;  // columns that the registers hold
+    constexpr int kVectors = kHeld / kLanes, kParts = kGroup / kHeld;
+    I most{};
+    for (int64_t part = 0; part < columns; part += kHeld) {
+        F v[kVectors];
+        for (int i = 0; i < kVectors; ++i) v[i] = load(at + part + i * kLanes);
+        if constexpr (kPaired) across<1>(v);
+        within_from<1>(v);
+        across_from<kPaired ? 2 : 1>(v);
+        for (int i = 0; i < kVectors; ++i) {
+            store(at + part + i * kLanes, v[i]);
+            if constexpr (kParts == 1) most = larger(magnitude(v[i]), most);
+        }
+    }
+    for (int64_t group = 0; group < columns && kParts > 1; group += kGroup)
+#pragma GCC unroll 1  // gcc would take all at once, and spill
+        for (int64_t i = group; i < group + kHeld; i += kLanes) {
+            F v[kParts];
+            for (int k = 0; k < kParts; ++k) v[k] = load(at + i + k * kHeld);
+            across_from<1>(v);
+            for (int k = 0; k < kParts; ++k) store(at + i + k * kHeld, v[k]), most = larger(magnitude(v[k]), most);
+        }
+    return most;
 }
 
 // A row on its way: put in, then coded.
@@ -154,9 +221,12 @@ struct Line {
         lo = larger(magnitude(v.lo), lo), hi = larger(magnitude(v.hi), hi);
     }
     DK_INLINE void code(const Codes& c, int64_t r) const {
-        const float amax = largest_magnitude(larger(lo, hi));
+        const float amax = largest_magnitude(c.rotate == 64    ? rotated<kEvenOdd<T>, 64>(at, c.columns)
+                                             : c.rotate == 128 ? rotated<kEvenOdd<T>, 128>(at, c.columns)
+                                             : c.rotate == 256 ? rotated<kEvenOdd<T>, 256>(at, c.columns)
+                                                               : larger(lo, hi));
         int8_t* const to = c.codes + r * c.columns;
-        c.scales[r] = amax <= kLeast ? 1 : amax / 127;
+        c.scales[r] = amax <= kLeast ? 1 : amax / 127 * c.norm;
         if (!(amax > kLeast && amax <= kMost)) {
             std::memset(to, 0, static_cast<size_t>(c.columns));
             return;

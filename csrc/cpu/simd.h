@@ -202,6 +202,16 @@ DK_INLINE Pair interleave(Pair v) {
 #endif
 }
 
+// Lane i takes lane i ^ kStep.
+template <int kStep, int... kI>
+DK_INLINE F swapped(F v, std::integer_sequence<int, kI...>) {
+    return __builtin_shufflevector(v, v, (kI ^ kStep)...);
+}
+template <int kStep>
+DK_INLINE F swapped(F v) {
+    return swapped<kStep>(v, std::make_integer_sequence<int, kLanes>{});
+}
+
 // A pair in T's order, as it lies.
 template <class T>
 DK_INLINE Pair as_it_lies(Pair v, T) {

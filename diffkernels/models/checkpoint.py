@@ -25,6 +25,7 @@ FORMAT = 1
 KEY = "diffkernels"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+INTEGERS = {torch.int8: ("I8",), torch.int32: ("I32",)}
 # That there is a null class shows in the shapes.
 TRAINING_ONLY = ("class_dropout_prob", "dropout_prob", "block_grad_to_lowres")
 _TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list[dict]": list}
@@ -65,21 +66,22 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         metadata = file.metadata() or {}
         if model is not None and KEY in metadata:
             _same(path, _describe(path, metadata), model)
-        target = _build(path, metadata, names) if model is None else model
+        target = _build(path, metadata, file) if model is None else model
         expected = target.state_dict()
         _match(path, names, expected)
         for name, own in expected.items():
             shape, dtype = list(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
             if shape != list(own.shape):
                 raise CheckpointError(f"{path}: {name}: expected shape {list(own.shape)}, got {shape}")
-            if (dtype != "I8") if own.dtype == torch.int8 else (dtype not in FLOATS):
-                wanted = "I8" if own.dtype == torch.int8 else ", ".join(FLOATS)
-                raise CheckpointError(f"{path}: {name}: expected {wanted}; got {dtype}")
+            if dtype not in (wanted := INTEGERS.get(own.dtype, tuple(FLOATS))):
+                raise CheckpointError(f"{path}: {name}: expected {', '.join(wanted)}; got {dtype}")
         state: dict[str, Tensor] = {}
         for name, own in expected.items():
             state[name] = file.get_tensor(name).to(own.dtype)
             if not state[name].isfinite().all():  # after the conversion: a large float32 is no float16
                 raise CheckpointError(f"{path}: {name}: expected finite numbers in {own.dtype}, found infinity or NaN")
+            if own.dtype == torch.int32 and not torch.equal(state[name], own):  # a setting, no weight
+                raise CheckpointError(f"{path}: {name}: expected {own.tolist()}, got {state[name].tolist()}")
     target.load_state_dict(state, strict=True, assign=model is None)
     return target if model is not None else target.eval()
 
@@ -111,7 +113,7 @@ def save(
     if ARCHITECTURES.get(arch) is not type(model):
         raise TypeError(f"model: expected one of {', '.join(ARCHITECTURES)}; got {arch}")
     layers = _quantized_layers(model)
-    exact = {f"{layer}.{name}" for layer in layers for name in ("qweight", "weight_scale", "smooth")}
+    exact = {f"{layer}.{name}" for layer in layers for name in ("qweight", "weight_scale", "smooth", "rotate")}
     state = {
         name: t.detach().to("cpu", t.dtype if dtype is None or name in exact else dtype).contiguous()
         for name, t in model.state_dict().items()
@@ -166,7 +168,7 @@ def _describe(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
-def _build(path: Path, metadata: Mapping[str, str], names: set[str]) -> nn.Module:
+def _build(path: Path, metadata: Mapping[str, str], file: Any) -> nn.Module:
     """The model that the metadata describes, on the meta device: a wrong size costs nothing before it is found."""
     found = _describe(path, metadata)
     arch, config = found.get("arch"), found["config"]
@@ -179,34 +181,46 @@ def _build(path: Path, metadata: Mapping[str, str], names: set[str]) -> nn.Modul
         kind = str(parameters[key].annotation)
         if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):  # type: ignore[arg-type]
             raise CheckpointError(f"{path}: config: {key}: expected {kind}, got {value!r}")
-    if (depth := _depth(config)) > len(names):
-        raise CheckpointError(f"{path}: config: depth {depth}, but the file holds {len(names)} tensors")
+    if (depth := _depth(config)) > len(file.keys()):
+        raise CheckpointError(f"{path}: config: depth {depth}, but the file holds {len(file.keys())} tensors")
     try:
         with torch.device("meta"):
             model = ARCHITECTURES[arch](**config)
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: config: {error}") from error
-    return _with_codes(path, found, model, names)
+    return _with_codes(path, found, model, file)
 
 
 def _quantized_layers(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
 
 
-def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, names: set[str]) -> nn.Module:
+def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: Any) -> nn.Module:
     """The model, on the meta device, with the layers that the file says are quantized."""
     said = found.get("quantized", {"kind": "int8", "layers": []})
     if not isinstance(said, dict) or said.get("kind") != "int8" or not isinstance(said.get("layers"), list):
         raise CheckpointError(f"{path}: quantized: expected kind 'int8' and a list of layers, got {said!r:.80}")
-    modules = dict(model.named_modules())
+    modules, names = dict(model.named_modules()), set(file.keys())
     for name in said["layers"]:
         layer = modules.get(name) if isinstance(name, str) else None
         if type(layer) is not nn.Linear:
             raise CheckpointError(f"{path}: quantized: expected the names of Linear layers, got {name!r}")
         parent, _, last = name.rpartition(".")
         has = (layer.bias is not None, f"{name}.smooth" in names)
-        setattr(modules[parent], last, QuantizedLinear(layer.in_features, layer.out_features, *has, device="meta"))
+        rotate = _setting(path, file, f"{name}.rotate") if f"{name}.rotate" in names else 0
+        try:
+            new = QuantizedLinear(layer.in_features, layer.out_features, *has, rotate, device="meta")
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name}: {error}") from error
+        setattr(modules[parent], last, new)
     return model
+
+
+def _setting(path: Path, file: Any, name: str) -> int:
+    kind, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
+    if kind != "I32" or shape:
+        raise CheckpointError(f"{path}: {name}: expected one number of I32, got {kind} {shape}")
+    return int(file.get_tensor(name))
 
 
 def _depth(config: Mapping[str, Any]) -> int:

@@ -83,7 +83,9 @@ class GegluMlp(Fusable):
         for name in ("w0", "w1", "w2"):
             if why := uncoded(name, getattr(self, name)):
                 return why
-        return None if self.w0.smooth is None and self.w1.smooth is None else "w0 and w1 are smoothed, each by its own"
+        if self.w0.smooth is None and self.w1.smooth is None:
+            return None if self.w0.rotate == self.w1.rotate else "w0 and w1 are rotated otherwise"
+        return "w0 and w1 are smoothed, each by its own"
 
     def covers(self) -> list[nn.Module]:
         return [self.w0, self.w1, self.w2]  # the norm is the block's
@@ -92,9 +94,9 @@ class GegluMlp(Fusable):
         if not self.fuses():
             return self.w2(ops.geglu(self.w0(h), self.w1(h)))
         linears: tuple[Any, ...] = (self.w0, self.w1, self.w2)
-        (w0, w1, w2), coded = linears, ops.act_quantize(h)
+        (w0, w1, w2), coded = linears, ops.act_quantize(h, **linears[0].coding)
         gated = w1.from_codes(coded, h.dtype, w0.from_codes(coded, h.dtype, activation="gelu"))
-        return w2.from_codes(ops.act_quantize(gated, smooth=w2.smooth), h.dtype)
+        return w2.from_codes(ops.act_quantize(gated, **w2.coding), h.dtype)
 
 
 class TransformerBlock(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._quantize import check_rotation, rotated
 from ..ops.linear_w8a8 import COLUMNS
 
 
@@ -17,8 +18,10 @@ class QuantizedLinear(nn.Module):
 
     The weight has one scale an output, the input one a row, found anew in each call: nothing is calibrated. With `smooth`,
     [in_features], the input is multiplied by it before it is coded, and the weight's columns were divided by it: large columns
-    of the weight are shared between both (Xiao et al. 2023). The result has the input's dtype. A state dict holds `qweight`,
-    int8 [out_features, in_features], `weight_scale`, float32 [out_features], `smooth`, float32, and `bias`: what any machine
+    of the weight are shared between both (Xiao et al. 2023). With `rotate`, 64, 128 or 256, groups of so many columns of both
+    are mixed by an orthonormal Hadamard matrix, which changes nothing but that a large column is shared among its group
+    (Ashkboos et al. 2024). The result has the input's dtype. A state dict holds `qweight`, int8 [out_features, in_features],
+    `weight_scale`, float32 [out_features], `bias`, and where they are `smooth`, float32, and `rotate`, int32: what any machine
     packs for itself when it loads them.
     """
 
@@ -32,11 +35,13 @@ class QuantizedLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         smooth: bool = False,
+        rotate: int = 0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        check_rotation(in_features, rotate)
+        self.in_features, self.out_features, self.rotate = in_features, out_features, rotate
         codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
         self.register_buffer("packed", ops.pack_w8(codes), persistent=False)
         self.register_buffer("weight_scale", torch.ones(out_features, device=device))
@@ -44,14 +49,15 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     @classmethod
-    def of(cls, linear: nn.Linear, smooth: Tensor | None = None) -> QuantizedLinear:
+    def of(cls, linear: nn.Linear, smooth: Tensor | None = None, rotate: int = 0) -> QuantizedLinear:
         """The same map, its weight rounded to codes of one scale an output; the bias is `linear`'s own.
 
-        `smooth`: float32 [in_features], above 0, what the input is multiplied by.
+        `smooth`: float32 [in_features], above 0, what the input is multiplied by. `rotate`: as for the class.
         """
-        made = cls(linear.in_features, linear.out_features, bias=False, device=linear.weight.device)
+        made = cls(linear.in_features, linear.out_features, bias=False, rotate=rotate, device=linear.weight.device)
         with torch.no_grad():
-            codes, made.weight_scale = ops.act_quantize(linear.weight, smooth=None if smooth is None else 1 / smooth)
+            inverse = None if smooth is None else 1 / smooth
+            codes, made.weight_scale = ops.act_quantize(linear.weight, smooth=inverse, rotate=rotate)
             made.packed, made.smooth = ops.pack_w8(codes), smooth
         made.bias = linear.bias
         return made.train(linear.training)
@@ -61,11 +67,17 @@ class QuantizedLinear(nn.Module):
         """The weight that the codes stand for, float32, or the bias's dtype: for a look; no product uses it."""
         codes = ops.unpack_w8(self.packed, self.out_features, self.in_features)
         weight = codes * self.weight_scale.unsqueeze(-1)
+        weight = rotated(weight, self.rotate) * self.rotate**-0.5 if self.rotate else weight
         weight = weight if self.smooth is None else weight * self.smooth
         return weight if self.bias is None else weight.to(self.bias.dtype)
 
+    @property
+    def coding(self) -> dict[str, Any]:
+        """How this layer's input is coded: keyword arguments of `ops.act_quantize` and `ops.norm_quantize`."""
+        return {"smooth": self.smooth, "rotate": self.rotate}
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.from_codes(ops.act_quantize(x, smooth=self.smooth), x.dtype)
+        return self.from_codes(ops.act_quantize(x, **self.coding), x.dtype)
 
     def from_codes(
         self,
@@ -79,7 +91,7 @@ class QuantizedLinear(nn.Module):
         """activation(the map of an input that another op has coded) · gate + residual, with one epilogue.
 
         Args:
-            coded: [codes, code_scale] of [..., in_features], made with this layer's `smooth`: what `ops.norm_quantize` and
+            coded: [codes, code_scale] of [..., in_features], made with this layer's `coding`: what `ops.norm_quantize` and
                 `ops.act_quantize` return.
             dtype: the result's, float32, float16 or bfloat16.
             gate, residual, activation: as in `ops.linear_w8a8`.
@@ -99,7 +111,9 @@ class QuantizedLinear(nn.Module):
         return ops.linear_w8a8(*coded, packed, scale, bias, gate, residual, activation, name)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}" + (
+            f", rotate={self.rotate}" if self.rotate else ""
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         exact = {name: getattr(self, name) for name in ("weight_scale", "smooth")}
@@ -112,11 +126,15 @@ class QuantizedLinear(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "qweight"] = ops.unpack_w8(self.packed, self.out_features, self.in_features)
+        if self.rotate:
+            destination[prefix + "rotate"] = torch.tensor(self.rotate, dtype=torch.int32)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
         codes, shape = state_dict.pop(prefix + "qweight", None), (self.out_features, self.in_features)
+        if (rotate := int(state_dict.pop(prefix + "rotate", 0))) != self.rotate:
+            errors.append(f"{prefix}rotate: expected {self.rotate}, got {rotate}")
         if codes is None:
             missing.append(prefix + "qweight")
         elif tuple(codes.shape) != shape or codes.dtype != torch.int8:

@@ -52,4 +52,4 @@ class Mlp(Fusable):
     def activated(self, h: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """fc2(gelu(h)) · gate + residual, of a quantized fc2: the GELU writes its codes. As wide as h."""
         fc2: QuantizedLinear = self.fc2  # type: ignore[assignment]
-        return fc2.from_codes(ops.act_quantize(h, "gelu_tanh", fc2.smooth), h.dtype, gate, residual)
+        return fc2.from_codes(ops.act_quantize(h, "gelu_tanh", **fc2.coding), h.dtype, gate, residual)

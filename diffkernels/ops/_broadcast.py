@@ -24,9 +24,9 @@ def matches(t: Tensor, x: Tensor) -> bool:
     return len(prefix) < x.ndim and tuple(prefix) == tuple(x.shape[: len(prefix)])
 
 
-def drawn(draw: Any, pick: Any, narrowest: int = 1) -> tuple[tuple[int, ...], Callable[[], Tensor]]:
+def drawn(draw: Any, pick: Any, narrowest: int = 1, multiple: int = 1) -> tuple[tuple[int, ...], Callable[[], Tensor]]:
     """For fuzzing: a shape for x, and what draws an operand that meets it."""
-    b, f, s, d = pick.size(4, 0), pick.size(3), pick.size(6, 0), max(narrowest, pick.size(2500))
+    b, f, s, d = pick.size(4, 0), pick.size(3), pick.size(6, 0), multiple * max(narrowest, pick.size(2500 // multiple))
     shape, more = pick.choice(
         (
             ((d,), []),

@@ -1,4 +1,4 @@
-"""What the ops that make 8-bit codes share: a row's codes and their scale, the outputs, the check of `smooth`."""
+"""What the ops that make 8-bit codes share: a row's codes and their scale, the outputs, the checks of `smooth` and `rotate`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,27 @@ from torch import Tensor
 
 from . import _norm
 
+ROTATIONS = (64, 128, 256)  # columns that a Hadamard matrix mixes
 LEAST = 2.0**-100  # a row of nothing larger counts as zeros: 127 / amax is a number, and far from the largest
 
 
-def check(x: Tensor, columns: int, smooth: Tensor | None) -> None:
+def check(x: Tensor, columns: int, smooth: Tensor | None, rotate: int) -> None:
     """Raises TypeError or ValueError; x has been checked, `columns` are those of the codes."""
     if columns < 1:
         raise ValueError(f"x: expected at least one column of codes, got shape {list(x.shape)}")
+    check_rotation(columns, rotate)
     if smooth is None:
         return
     if smooth.dtype not in _norm.FLOATS:
         raise TypeError(f"smooth: expected float32, float16, bfloat16 or float64, got {smooth.dtype}")
     if smooth.shape != (columns,):
         raise ValueError(f"smooth: expected shape [{columns}], got {list(smooth.shape)}")
+
+
+def check_rotation(columns: int, rotate: int) -> None:
+    """Raises ValueError."""
+    if rotate and (rotate not in ROTATIONS or columns % rotate):
+        raise ValueError(f"rotate: expected 0, 64, 128 or 256, and a divisor of {columns} columns, got {rotate}")
 
 
 def empty(x: Tensor, columns: int) -> list[Tensor]:
@@ -29,12 +37,29 @@ def empty(x: Tensor, columns: int) -> list[Tensor]:
     return [codes, torch.empty(x.shape[:-1], dtype=wide, device=x.device)]
 
 
-def rows(h: Tensor, smooth: Tensor | None) -> list[Tensor]:
-    """The codes of wide h · smooth, in -127..127 by the largest magnitude of each row, and their scales."""
+def rotated(h: Tensor, columns: int) -> Tensor:
+    """h by groups of so many columns, times their Hadamard matrix of ±1 (Sylvester's), in the order that all rungs add in."""
+    groups, step = h.unflatten(-1, (-1, columns)), 1
+    while step < columns:
+        a, b = groups.unflatten(-1, (-1, 2, step)).unbind(-2)
+        groups, step = torch.stack([a + b, a - b], -2).flatten(-3), 2 * step
+    return groups.flatten(-2)
+
+
+def eager(h: Tensor, columns: int) -> Tensor:
+    """The rotation as users write it: a product with the orthonormal matrix."""
+    matrix = rotated(torch.eye(columns, dtype=h.dtype, device=h.device), columns) * columns**-0.5
+    return (h.unflatten(-1, (-1, columns)) @ matrix).flatten(-2)
+
+
+def rows(h: Tensor, smooth: Tensor | None, rotate: int) -> list[Tensor]:
+    """The codes of wide h · smooth, rotated or not, in -127..127 by each row's largest magnitude, and their scales."""
     if smooth is not None:
         h = h * smooth.to(h.dtype)
+    if rotate:
+        h = rotated(h, rotate)
     amax = h.abs().amax(-1, keepdim=True)  # NaN where one is
     inverse = torch.full_like(amax, 127) / amax  # 127 / amax would be 127 times the rounded 1 / amax
     codes = (h * inverse).round()  # half to even
     codes = torch.where((amax > LEAST) & amax.isfinite(), codes, torch.zeros_like(codes)).to(torch.int8)
-    return [codes, torch.where(amax <= LEAST, torch.ones_like(amax), amax / 127).squeeze(-1)]
+    return [codes, torch.where(amax <= LEAST, torch.ones_like(amax), amax / 127 * (rotate or 1) ** -0.5).squeeze(-1)]

@@ -1,4 +1,4 @@
-"""activation(x) * smooth, or activation(a) * b * smooth, as 8-bit codes and a scale a row: one program a row.
+"""activation(x) * smooth, or activation(a) * b * smooth, perhaps rotated, as 8-bit codes and a scale a row: one program a row.
 
 A row of up to 16384 codes stays in registers; a wider one is walked twice.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _norm, _quantize
-from ._quantize import magnitude, put_codes, scale_of, smoothed
+from ._quantize import magnitude, prepared, put_codes, scale_of
 
 KINDS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 GATED = {"geglu": 1, "geglu_tanh": 2, "swiglu": 3}
@@ -25,7 +25,8 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _value(at, step, column, mask, smooth, D, KIND: tl.constexpr, GATED: tl.constexpr):
+def _value(at, step, column, smooth, D, KIND: tl.constexpr, GATED: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr):
+    mask = column < D
     h = tl.load(at + column * step, mask=mask, other=0.0).to(tl.float32)
     if KIND == 1:
         h = h * (0.5 + 0.5 * tl.erf(h * 0.7071067811865476))
@@ -35,7 +36,7 @@ def _value(at, step, column, mask, smooth, D, KIND: tl.constexpr, GATED: tl.cons
         h = h * _sigmoid(h)
     if GATED:
         h = h * tl.load(at + (D + column) * step, mask=mask, other=0.0).to(tl.float32)
-    return smoothed(h, smooth, column, mask)
+    return prepared(h, smooth, column, mask, ROTATE, BLOCK)
 
 
 @triton.jit
@@ -44,43 +45,43 @@ def _kernel(
     x,  # (data, row stride, column stride)
     smooth,  # [D] or None
     D,
-    KIND: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, GATED: tl.constexpr, ROTATE: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK).to(tl.int64)
     at = x[0] + row * x[1]
     codes += row * D
     if KEEP:
-        h = _value(at, x[2], lane, lane < D, smooth, D, KIND, GATED)
-        code_scale, inverse = scale_of(tl.max(magnitude(h, lane < D), axis=0))
+        h = _value(at, x[2], lane, smooth, D, KIND, GATED, ROTATE, BLOCK)
+        code_scale, inverse = scale_of(tl.max(magnitude(h, lane < D), axis=0), ROTATE)
         put_codes(codes + lane, h, inverse, lane < D)
     else:
         largest = tl.zeros([BLOCK], tl.int32)
         for first in range(0, D, BLOCK):
             column = first + lane
-            h = _value(at, x[2], column, column < D, smooth, D, KIND, GATED)
+            h = _value(at, x[2], column, smooth, D, KIND, GATED, ROTATE, BLOCK)
             largest = tl.maximum(largest, magnitude(h, column < D))
-        code_scale, inverse = scale_of(tl.max(largest, axis=0))
+        code_scale, inverse = scale_of(tl.max(largest, axis=0), ROTATE)
         for first in range(0, D, BLOCK):
             column = first + lane
-            h = _value(at, x[2], column, column < D, smooth, D, KIND, GATED)
+            h = _value(at, x[2], column, smooth, D, KIND, GATED, ROTATE, BLOCK)
             put_codes(codes + column, h, inverse, column < D)
     tl.store(scales + row, code_scale)
 
 
-def act_quantize(out: list[Tensor], x: Tensor, activation: str, smooth: Tensor | None) -> str | None:
+def act_quantize(out: list[Tensor], x: Tensor, activation: str, smooth: Tensor | None, rotate: int) -> str | None:
     """The op of that name on the Triton rung."""
     gated, kind = activation in GATED, (KINDS | GATED).get(activation)
     if kind is None or x.dtype not in _norm.FLOATS or x.ndim < 1 or (gated and x.shape[-1] % 2):
         return "an unknown activation, or x not float32, float16 or bfloat16 of such columns"
     columns = x.shape[-1] // 2 if gated else x.shape[-1]
-    why = _quantize.refusal(columns, smooth)
+    why = _quantize.refusal(columns, smooth, rotate)
     if why is not None or x.numel() == 0:
         return why
     keep, block = _norm.width(columns)
     with torch.cuda.device_of(x):
         _kernel[(x.numel() // x.shape[-1],)](
             *out, _norm.matrix(x), _quantize.meet(smooth), columns,
-            KIND=kind, GATED=gated, KEEP=keep, BLOCK=block, num_warps=_norm.warps(block),
+            KIND=kind, GATED=gated, ROTATE=rotate, KEEP=keep, BLOCK=block, num_warps=_norm.warps(block),
         )  # fmt: skip
     return None
