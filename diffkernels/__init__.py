@@ -18,6 +18,7 @@ __all__ = [
     "Recipe",
     "RungError",
     "__version__",
+    "add_lora_",
     "compare",
     "disable_sdpa",
     "enable_sdpa",
@@ -34,6 +35,7 @@ __all__ = [
 
 _LAZY = {
     "Recipe": "quantize",
+    "add_lora_": "lora",
     "compare": "_compare",
     "fuse_": "fuse",
     "load": "models",

@@ -61,7 +61,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             numbers that don't fit.
     """
     path = Path(path)
-    with _open(path) as file:
+    with reading(path) as file:
         names = set(file.keys())
         metadata = file.metadata() or {}
         if model is not None and KEY in metadata:
@@ -89,7 +89,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a file of ours says of itself: {"format", "arch", "config", "about"}. Raises as `load` does."""
     path = Path(path)
-    with _open(path) as file:
+    with reading(path) as file:
         return _describe(path, file.metadata() or {})
 
 
@@ -134,7 +134,9 @@ def save(
         partial.unlink(missing_ok=True)
 
 
-def _open(path: Path) -> Any:
+def reading(path: str | os.PathLike[str]) -> Any:
+    """A safetensors file, open, as safetensors reads it. Raises FileNotFoundError, or CheckpointError: something else."""
+    path = Path(path)
     if path.suffix.lower() in PICKLES:
         raise CheckpointError(
             f"{path}: expected a .safetensors file; {path.suffix} files are pickles, which can run any code when they are "

@@ -178,6 +178,8 @@ class Stage(nn.Module):
     skip_denses, output_layer.0, output_layer.2.
     """
 
+    reads_weights_of = ("upsample", "skip_denses")  # of Linears that it does not call: nothing beside them would be seen
+
     def __init__(self, stage: Mapping[str, Any], channels: int, num_classes: int, norm_type: str, lower: Stage | None) -> None:
         super().__init__()
         dim, ratio, size = stage["dim"], stage["input_feature_ratio"], stage["final_kernel_size"]

@@ -15,7 +15,7 @@ from .norms import (
     TimeDependentRMSNorm,
     TimeTable,
 )
-from .quantized import QuantizedLinear
+from .quantized import QuantizedLinear, SideBranch
 from .rope import axial_rope, rope_table
 from .stack import Stack, StackedLinear
 from .transformer import Attention, Mlp, attend
@@ -34,6 +34,7 @@ __all__ = [
     "QuantizedLinear",
     "RMSNorm",
     "ScheduledTimes",
+    "SideBranch",
     "Stack",
     "StackedLinear",
     "TimeDependentLayerNorm",

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import _broadcast
 from ..ops._quantize import check_rotation, rotated
+from ..ops.act_quantize import PLAIN
 from ..ops.linear_w8a8 import COLUMNS
 
 
@@ -47,6 +49,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("weight_scale", torch.ones(out_features, device=device))
         self.register_buffer("smooth", torch.ones(in_features, device=device) if smooth else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.branches: list[SideBranch] = []  # what is added to the map, and is in no codes and no state dict
 
     @classmethod
     def of(cls, linear: nn.Linear, smooth: Tensor | None = None, rotate: int = 0) -> QuantizedLinear:
@@ -108,6 +111,13 @@ class QuantizedLinear(nn.Module):
             packed = packed[first // COLUMNS : None if last is None else last // COLUMNS]
             scale, bias = scale[first:last], None if bias is None else bias[first:last]
         name = str(dtype).removeprefix("torch.")
+        if self.branches:  # they join before the activation: what follows is no epilogue
+            y = ops.linear_w8a8(*coded, packed, scale, bias, dtype=name)
+            for branch in self.branches:
+                y = branch(coded, y, outputs)
+            y = PLAIN[activation](y)
+            y = y if gate is None else y * _broadcast.align(gate.to(dtype), y)
+            return y if residual is None else y + residual.to(dtype)
         return ops.linear_w8a8(*coded, packed, scale, bias, gate, residual, activation, name)
 
     def extra_repr(self) -> str:
@@ -116,6 +126,8 @@ class QuantizedLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
+        for branch in self.branches:
+            branch._apply(fn, recurse)
         exact = {name: getattr(self, name) for name in ("weight_scale", "smooth")}
         super()._apply(fn, recurse)
         for name, before in exact.items():  # .half() and .to(dtype) are about the model's arithmetic
@@ -142,3 +154,36 @@ class QuantizedLinear(nn.Module):
         else:
             self.packed = ops.pack_w8(codes).to(self.packed.device if not self.packed.is_meta else codes.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+class SideBranch(nn.Module):
+    """scale · factor · up (down x), to be added to what a Linear makes of x: see `add_lora_`.
+
+    Beside a QuantizedLinear x comes as that layer's codes, and `down` is coded as its weight is.
+    """
+
+    def __init__(self, layer: nn.Linear | QuantizedLinear, down: Tensor, up: Tensor, scale: float, factor: float) -> None:
+        super().__init__()
+        where = layer.packed if isinstance(layer, QuantizedLinear) else layer.weight
+        dtype = torch.float32 if layer.bias is None else layer.bias.dtype
+        linear = nn.Linear(layer.in_features, len(down), bias=False, device="meta")
+        linear.weight = nn.Parameter(down.to(where.device, torch.float32), requires_grad=False)
+        self.down = QuantizedLinear.of(linear, **layer.coding) if isinstance(layer, QuantizedLinear) else linear.to(dtype)
+        self.up = nn.Parameter(up.to(where.device, dtype), requires_grad=False)
+        self.scale, self.factor = scale, factor
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def alpha(self) -> float:
+        """What up (down x) is multiplied by."""
+        return self.scale * self.factor
+
+    def forward(self, coded: Sequence[Tensor], y: Tensor, outputs: tuple[int, int | None]) -> Tensor:
+        """y [..., N], contiguous, of some outputs of a QuantizedLinear, with this added in place."""
+        h = self.down.from_codes(coded, y.dtype)  # type: ignore[operator]
+        up = self.up[slice(*outputs)].to(y.dtype)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), up.t(), alpha=self.alpha)
+        return y
