@@ -26,8 +26,10 @@ class Recipe:
     `kind`: "int8", codes of one scale an output for the weight and one a row, found in each call, for the input.
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
     `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights
-    smaller than this stay: their products take less time than the codes. `smooth`: "none", or "weight", the square root of each
-    column's largest weight goes over to the input: for weights with a few large columns. `rotate`: 0, or 64, 128 or 256
+    smaller than this stay: their products take less time than the codes. `smooth`: "none"; "weight", the square root of each
+    column's largest weight goes over to the input: for weights with a few large columns; or a function that is given the model
+    and runs it on a few inputs: weight and input then share what is large in either (SmoothQuant, alpha = 1/2), but for layers
+    that it does not call. `rotate`: 0, or 64, 128 or 256
     columns that are mixed in weight and input alike, as many as divide a layer's, down to 64: for activations with a few large
     columns, of which the weights know nothing.
     Raises ValueError for an unknown kind, `smooth` or `rotate`, or a `min_elements` below 0.
@@ -37,7 +39,7 @@ class Recipe:
     skip: Sequence[str] = SENSITIVE
     filter_fn: Callable[[str, nn.Module], bool] | None = None
     min_elements: int = 2**14
-    smooth: str = "none"
+    smooth: str | Callable[[nn.Module], object] = "none"
     rotate: int = 0
 
     def __post_init__(self) -> None:
@@ -45,8 +47,8 @@ class Recipe:
             raise ValueError(f"kind: expected one of {', '.join(RECIPES)}, got {self.kind!r}")
         if self.min_elements < 0:
             raise ValueError(f"min_elements: expected 0 or more, got {self.min_elements}")
-        if self.smooth not in ("none", "weight"):
-            raise ValueError(f"smooth: expected 'none' or 'weight', got {self.smooth!r}")
+        if self.smooth not in ("none", "weight") and not callable(self.smooth):
+            raise ValueError(f"smooth: expected 'none', 'weight' or a function of the model, got {self.smooth!r}")
         if self.rotate and self.rotate not in ROTATIONS:
             raise ValueError(f"rotate: expected 0, 64, 128 or 256, got {self.rotate!r}")
         if isinstance(self.skip, str):
@@ -126,13 +128,16 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
         A `Report` with a line for every Linear and convolution.
 
     Raises:
-        TypeError: `model` or `recipe` is something else. ValueError: an unknown kind.
+        TypeError: `model` or `recipe` is something else. ValueError: an unknown kind, or `smooth` shows a layer what is not
+            finite; the model is left as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     recipe = Recipe(recipe) if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe or a kind's name, got {type(recipe).__name__}")
+    wanted = [m for n, m in model.named_modules() if m is not model and type(m) is nn.Linear and recipe.reason(n, m) is None]
+    seen = _seen(model, wanted, recipe.smooth) if callable(recipe.smooth) else {}
     report, made = Report(), dict[nn.Module, nn.Module]()
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
@@ -144,7 +149,7 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
             report.layers.append(Layer(name, None, shape, size, size, reason=why))
             continue
         assert isinstance(layer, nn.Linear)
-        smooth = shared(layer.weight) if recipe.smooth == "weight" else None
+        smooth = shared(layer.weight, seen.get(layer)) if recipe.smooth == "weight" or layer in seen else None
         made[layer] = new = QuantizedLinear.of(layer, smooth, recipe.columns(layer.in_features))
         codes = new.packed.numel() + 4 * new.out_features
         report.layers.append(Layer(name, recipe.kind, shape, size, codes, sqnr(layer.weight, new.weight), new.rotate))
@@ -155,12 +160,40 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
     return report
 
 
-def shared(weight: Tensor) -> Tensor:
-    """Of a weight [N, K] what its input is multiplied by, float32 [K]: the root of each column's largest weight, with a
-    geometric mean of 1."""
-    largest = weight.detach().float().abs().amax(0)
-    logarithm = largest.clamp(min=1e-6 * largest.max().clamp(min=1e-30)).log() / 2
+def shared(weight: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Of a weight [N, K] what its input is multiplied by, float32 [K]: the root of each column's largest weight, over that of
+    its largest input, `seen`, [K], where some were; with a geometric mean of 1."""
+    logarithm = _logarithm(weight.detach().float().abs().amax(0))
+    logarithm = (logarithm if seen is None else logarithm - _logarithm(seen)) / 2
     return (logarithm - logarithm.mean()).exp()
+
+
+def _logarithm(largest: Tensor) -> Tensor:
+    return largest.clamp(min=1e-6 * largest.max().clamp(min=1e-30)).log()
+
+
+@torch.no_grad()
+def _seen(model: nn.Module, layers: Sequence[nn.Module], run: Callable[[nn.Module], object]) -> dict[nn.Module, Tensor]:
+    """Of each layer that `run` calls, the largest magnitude of each column of its inputs, float32."""
+    largest: dict[nn.Module, Tensor] = {}
+
+    def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].numel():
+            found = (
+                args[0].detach().float().abs().flatten(0, -2).amax(0) if args[0].ndim > 1 else args[0].detach().float().abs()
+            )
+            largest[layer] = torch.maximum(largest[layer], found) if layer in largest else found
+
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in model.named_modules():
+        if layer in largest and not largest[layer].isfinite().all():
+            raise ValueError(f"smooth: expected finite inputs, but those of {name} are not")
+    return largest
 
 
 def sqnr(exact: Tensor, other: Tensor) -> float:

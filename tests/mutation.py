@@ -463,6 +463,13 @@ MUTATIONS = [
         border("forced"),
     ),
     Mutation(
+        "a LoRA's first outputs where others are wanted",
+        "diffkernels/nn/quantized.py",
+        "self.up[slice(*outputs)]",
+        "self.up[: y.shape[-1]]",
+        ("tests/test_lora.py", "joins"),
+    ),
+    Mutation(
         "a silent fall to the reference",
         "diffkernels/_ladder.py",
         "    if forced is None:\n        _fell(",

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_fuse import STAGES, inputs, relative
 from torch import Tensor, nn
 
 import diffkernels as dk
@@ -14,7 +15,6 @@ from diffkernels import Recipe, add_lora_, fuse_, quantize_
 from diffkernels.models import DiMR, dit
 from diffkernels.models.checkpoint import CheckpointError
 from diffkernels.nn import Fusable, QuantizedLinear
-from tests.test_fuse import STAGES
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -55,15 +55,6 @@ def merged(made: nn.Module, state: dict[str, Tensor], scale: float = 1.0) -> nn.
             name = key.removesuffix(".lora_A.weight")
             made.get_submodule(name).weight += scale * state[f"{name}.lora_B.weight"] @ state[key]
     return made
-
-
-def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(1)
-    return torch.randn(2, 4, 32, 32, generator=draw), torch.tensor([500.0, 20.0]), torch.tensor([1, 2])
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def test_beside_plain_layers_it_is_what_merging_gives() -> None:

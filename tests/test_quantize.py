@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -151,7 +152,7 @@ def test_bad_arguments_are_named() -> None:
         quantize_(nn.Linear(2, 2), 8)
     with pytest.raises(ValueError, match=r"skip: expected a list of patterns, got the string '\*'"):
         Recipe(skip="*")
-    with pytest.raises(ValueError, match="smooth: expected 'none' or 'weight', got 'half'"):
+    with pytest.raises(ValueError, match="smooth: expected 'none', 'weight' or a function of the model, got 'half'"):
         Recipe(smooth="half")
     with pytest.raises(ValueError, match="rotate: expected 0, 64, 128 or 256, got 32"):
         Recipe(rotate=32)
@@ -201,6 +202,32 @@ def test_smoothing_changes_the_codes_and_not_the_map() -> None:
     other = QuantizedLinear(200, 300, smooth=True)
     other.load_state_dict(smoothed.float().state_dict())
     assert torch.equal(other(x), smoothed(x))
+
+
+def test_a_few_inputs_show_which_channels_are_large() -> None:
+    torch.manual_seed(0)
+    exact = nn.Sequential(nn.Linear(256, 192), nn.GELU(), nn.Linear(192, 192), nn.ModuleDict({"idle": nn.Linear(256, 256)}))
+    run, x = exact[:3], torch.randn(60, 256)
+    x[:, 7] *= 100
+    exact[0].weight[:, 9] *= 50
+    error = {}
+    for name, smooth in (("none", "none"), ("weight", "weight"), ("few", lambda m: [m[:3](part) for part in x.split(20)])):
+        model = copy.deepcopy(exact)
+        report = quantize_(model, Recipe(smooth=smooth, min_elements=0))
+        assert len(report.quantized) == 3 and not any(m._forward_pre_hooks for m in model.modules())
+        error[name] = relative(model[:3](x), run(x))
+    assert 3 * error["few"] < min(error["none"], error["weight"]), error
+    assert model[3]["idle"].smooth is None  # it was not called
+    columns = x.abs().amax(0)
+    torch.testing.assert_close(model[0].smooth, shared(exact[0].weight, columns))
+    wanted = (exact[0].weight.abs().amax(0) / columns).sqrt()
+    torch.testing.assert_close(model[0].smooth, wanted / wanted.log().mean().exp())
+    before = copy.deepcopy(exact)
+    with pytest.raises(ValueError, match="smooth: expected finite inputs, but those of 0 are not"):
+        quantize_(before, Recipe(smooth=lambda m: m[0](x * torch.inf), min_elements=0))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        quantize_(before, Recipe(smooth=lambda m: m(x[:, :3]), min_elements=0))
+    assert type(before[0]) is nn.Linear and not before[0]._forward_pre_hooks
 
 
 @pytest.mark.parametrize("smooth", [False, True])
