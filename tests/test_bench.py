@@ -386,6 +386,18 @@ def test_merging_keeps_what_is_known(tmp_path) -> None:
     assert os.stat(path).st_mode & 0o777 == 0o644 and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_busy_hour_lowers_no_roofline(tmp_path) -> None:
+    path = tmp_path / "machine.json"
+    first = {"copy_gb_per_s": 20.0, "cpu": {"f32": 60.0, "bf16": None}, "amx": {"int8": 9.0}}
+    for found in (first, {"copy_gb_per_s": 15.0, "cpu": {"f32": 70.0, "bf16": 3.0}}):
+        results.merge(path, {"cpu": "x", "rooflines": found}, [row()])
+    assert results.load(path)["machine"]["rooflines"] == {
+        "copy_gb_per_s": 20.0,
+        "cpu": {"f32": 70.0, "bf16": 3.0},
+        "amx": {"int8": 9.0},
+    }
+
+
 def test_comparing_two_files(tmp_path, capsys) -> None:
     old = write(tmp_path / "old.json", rows=[row(), row(dtype="bf16"), row(dtype="f16")])
     slower, noisy = row(us=14.0, us_p10_p90=[13.0, 15.0]), row(dtype="bf16", us=14.0, us_p10_p90=[8.0, 20.0])

@@ -43,18 +43,28 @@ def stamped(rows: list[Row], here: dict[str, Any]) -> list[Row]:
     return [row | {name: here[name] for name in machine.BUILD if name in here} | {"when": now} for row in rows]
 
 
+def _peaks(new: Any, old: Any) -> Any:
+    if isinstance(new, dict):
+        was = old if isinstance(old, dict) else {}
+        return was | {name: _peaks(value, was.get(name)) for name, value in new.items()}
+    return max((peak for peak in (new, old) if isinstance(peak, int | float)), default=None)
+
+
 def merge(path: Path, here: dict[str, Any], rows: list[Row]) -> None:
     """Writes the rows into the machine's file, whole or not at all; rows of other cases stay, and a row that could not be
-    measured does not replace one that was.
+    measured does not replace one that was. A roofline is a peak: what a busier hour measures does not lower it.
 
     Raises ValueError for a file that is no result file of ours.
     """
-    known = {key(row): row for row in load(path)["rows"]} if path.exists() else {}
+    before = load(path) if path.exists() else {"machine": {}, "rows": []}
+    known = {key(row): row for row in before["rows"]}
     for row in stamped(rows, here):
         old = known.get(key(row))
         if "not_measured" not in row or old is None or "not_measured" in old:
             known[key(row)] = row
     told = {name: value for name, value in here.items() if name not in machine.BUILD}
+    if "rooflines" in told:
+        told["rooflines"] = _peaks(told["rooflines"], before["machine"].get("rooflines"))
     content = {"format": FORMAT, "machine": told, "rows": sorted(known.values(), key=lambda row: str(key(row)))}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w") as file:
