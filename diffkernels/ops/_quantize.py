@@ -46,10 +46,13 @@ def rotated(h: Tensor, columns: int) -> Tensor:
     return groups.flatten(-2)
 
 
-def eager(h: Tensor, columns: int) -> Tensor:
-    """The rotation as users write it: a product with the orthonormal matrix."""
-    matrix = rotated(torch.eye(columns, dtype=h.dtype, device=h.device), columns) * columns**-0.5
-    return (h.unflatten(-1, (-1, columns)) @ matrix).flatten(-2)
+def eager(h: Tensor, rotate: int = 0) -> tuple[Tensor, Tensor]:
+    """The codes and their scales as users write them; a rotation is a product with the orthonormal matrix."""
+    if rotate:
+        matrix = rotated(torch.eye(rotate, dtype=h.dtype, device=h.device), rotate) * rotate**-0.5
+        h = (h.unflatten(-1, (-1, rotate)) @ matrix).flatten(-2)
+    code_scale = h.abs().amax(-1, keepdim=True).float() / 127
+    return (h / code_scale).round().to(torch.int8), code_scale.squeeze(-1)
 
 
 def rows(h: Tensor, smooth: Tensor | None, rotate: int) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,22 +56,17 @@ def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
     return {"x": draw(*shape), "activation": activation, "smooth": smooth, "rotate": rotate}
 
 
-def _coded(h):  # type: ignore[no-untyped-def]
-    code_scale = h.abs().amax(-1, keepdim=True).float() / 127
-    return (h / code_scale).round().to(torch.int8), code_scale.squeeze(-1)
-
-
 def _eager(x, activation, smooth, rotate):  # type: ignore[no-untyped-def]
-    return _coded(_tanh(x))
+    return _quantize.eager(_tanh(x))
 
 
 def _eager_gated(x, activation, smooth, rotate):  # type: ignore[no-untyped-def]
     a, b = x.chunk(2, -1)
-    return _coded(F.silu(a) * b)
+    return _quantize.eager(F.silu(a) * b)
 
 
 def _eager_rotated(x, activation, smooth, rotate):  # type: ignore[no-untyped-def]
-    return _coded(_quantize.eager(_tanh(x), rotate))
+    return _quantize.eager(_tanh(x), rotate)
 
 
 @op(
