@@ -95,8 +95,8 @@ struct Call {
     int64_t room() const { return (codes() + block * 4 + 63) / 64 * 64; }  // a thread's: codes, and a sum a row
 };
 
-// x's rows from `from` on, [tile][word][row][4], or for matrix tiles [row][line]; zeros past the last; sums[r] = 128 * the sum
-// of a row.
+// x's rows from `from` on, [tile][word][row][4], or for matrix tiles [row][line], where past a row's words lies anything;
+// zeros past the last row; sums[r] = 128 * the sum of a row.
 void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, int32_t* sums) {
     const int64_t tile = kRowsOfTile * c.line, row_step = kTiles ? c.line : kDepth;
     for (int64_t r = 0; r < (rows + kRowsOfTile - 1) / kRowsOfTile * kRowsOfTile; ++r) {
@@ -124,7 +124,6 @@ void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, int32_t* sums)
                 sum += static_cast<uint32_t>(put(k, x ? x + k * kDepth * c.x_step : x, c.x_step, x ? kDepth : 0));
         if (whole < c.words)
             sum += static_cast<uint32_t>(put(whole, x ? x + whole * kDepth * c.x_step : x, c.x_step, x ? c.depth % kDepth : 0));
-        if constexpr (kTiles) std::memset(row + c.words * kDepth, 0, static_cast<size_t>(c.line - c.words * kDepth));
         sums[r] = static_cast<int32_t>(128u * sum);
     }
 }
@@ -140,7 +139,7 @@ __attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, const C
     else
         square<true, false, kTall, kVectors>(x, line / kDepth, w, kPanel, kLanes, to, kColumnsOfTile, whole);
     if (whole == words) return;
-    alignas(64) uint8_t rest[kTileLanes][kColumnsOfTile * kDepth] = {};
+    alignas(64) uint8_t rest[kTileLanes][kColumnsOfTile * kDepth] = {};  // zeros for what lies past the words of x
     for (int64_t k = whole; k < words; ++k) std::memcpy(rest[k - whole], w + k * kPanel * kDepth, sizeof rest[0]);
     square<true, true, kTall, kVectors>(x + whole * kDepth, line / kDepth, rest, kColumnsOfTile, kLanes, to, kColumnsOfTile,
                                         kTileLanes);
