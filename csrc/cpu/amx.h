@@ -11,7 +11,41 @@ namespace {
 
 constexpr int kTileRows = 16, kTileLanes = 16;
 
-#if defined(__AMX_TILE__)
+#if defined(DK_EMULATE_TILES)  // in memory, for tests: any machine runs them, and a sanitizer sees what they read
+constexpr bool kTiles = true;
+thread_local char emulated[8][kTileRows][64];
+DK_INLINE void tiles_begin() {}
+DK_INLINE void tiles_end() {}
+template <int kTile>
+DK_INLINE void tile_load(const void* p, int64_t step) {
+    for (int r = 0; r < kTileRows; ++r) std::memcpy(emulated[kTile][r], static_cast<const char*>(p) + r * step, 64);
+}
+template <int kTile>
+DK_INLINE void tile_store(void* p, int64_t step) {
+    for (int r = 0; r < kTileRows; ++r) std::memcpy(static_cast<char*>(p) + r * step, emulated[kTile][r], 64);
+}
+template <int kTile>
+DK_INLINE void tile_zero() {
+    std::memset(emulated[kTile], 0, sizeof emulated[kTile]);
+}
+template <bool kBytes, int kTo, int kA, int kB>
+DK_INLINE void tile_dot() {
+    for (int r = 0; r < kTileRows; ++r) {
+        U sum = bit_cast<U>(load(reinterpret_cast<float*>(emulated[kTo][r])));
+        for (int k = 0; k < kTileLanes; ++k) {
+            const U b = bit_cast<U>(load(reinterpret_cast<float*>(emulated[kB][k])));
+            uint32_t a;
+            std::memcpy(&a, emulated[kA][r] + 4 * k, 4);
+            if (kBytes)
+                for (int i = 0; i < 32; i += 8) sum += (b >> i & 255u) * static_cast<uint32_t>(static_cast<int8_t>(a >> i));
+            else
+                sum = bit_cast<U>(bit_cast<F>(sum) + bit_cast<F>(b << 16) * bit_cast<F>(U{} + (a << 16)) +
+                                  bit_cast<F>(b & 0xffff0000u) * bit_cast<F>(U{} + (a & 0xffff0000u)));
+        }
+        store(reinterpret_cast<float*>(emulated[kTo][r]), bit_cast<F>(sum));
+    }
+}
+#elif defined(__AMX_TILE__)
 constexpr bool kTiles = true;
 
 // This thread's tiles, configured; what has released them again costs the system nothing to switch. (No destructor does it:
@@ -46,6 +80,19 @@ DK_INLINE void tile_dot() {
     else
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kTo), "i"(kA), "i"(kB));
 }
+#else
+constexpr bool kTiles = false;
+DK_INLINE void tiles_begin() {}
+DK_INLINE void tiles_end() {}
+template <int kTile>
+DK_INLINE void tile_load(const void*, int64_t) {}
+template <int kTile>
+DK_INLINE void tile_store(void*, int64_t) {}
+template <int kTile>
+DK_INLINE void tile_zero() {}
+template <bool kBytes, int kTo, int kA, int kB>
+DK_INLINE void tile_dot() {}
+#endif
 
 // c[16 kTall][16 kWide] = (or +=) a b. k counts lanes, in whole tiles; steps count lanes from row to row, b_next from b's first
 // tile of columns to its second. b's tiles are asked for kAhead steps ahead, where they come from far.
@@ -82,19 +129,6 @@ DK_INLINE void square(const void* a, int64_t a_step, const void* b, int64_t b_st
     if constexpr (kTall > 1) tile_store<2>(to + c_down, c_step * 4);
     if constexpr (kTall > 1 && kWide > 1) tile_store<3>(to + c_down + along, c_step * 4);
 }
-#else
-constexpr bool kTiles = false;
-DK_INLINE void tiles_begin() {}
-DK_INLINE void tiles_end() {}
-template <int kTile>
-DK_INLINE void tile_load(const void*, int64_t) {}
-template <int kTile>
-DK_INLINE void tile_store(void*, int64_t) {}
-template <bool kBytes, int kTo, int kA, int kB>
-DK_INLINE void tile_dot() {}
-template <bool kBytes, bool kAdd, int kTall, int kWide, int kAhead = 0>
-DK_INLINE void square(const void*, int64_t, const void*, int64_t, int64_t, void*, int64_t, int64_t) {}
-#endif
 
 }  // namespace
 }  // namespace dk

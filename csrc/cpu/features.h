@@ -25,7 +25,9 @@ inline std::vector<const char*> features() {
     if (avx512) has.push_back("avx512");
     if (vnni) has.push_back("avx512_vnni");
     if (bf16) has.push_back("avx512_bf16");
-#if defined(SYS_arch_prctl)
+#if defined(DK_EMULATE_DOTS)
+    if (avx512) has.push_back("amx");
+#elif defined(SYS_arch_prctl)
     constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8; not every compiler has names for them
     unsigned a = 0, b = 0, c = 0, d = 0;
     const bool amx = bf16 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles;

@@ -20,7 +20,7 @@ constexpr int64_t kAhead = 6;                     // words of the weight that ar
 constexpr int64_t kSerialProducts = 1024 * 1024;  // work below this is not worth a second thread
 
 // What sums a tile, by what the instruction set has: matrix tiles, bytes by fours, words by pairs, or nothing.
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(DK_EMULATE_TILES)
 typedef int8_t Code;
 constexpr int kRowsOfTile = 2 * kTileRows, kVectors = 2, kWide = kLanes;
 #elif defined(__AVX512VNNI__)
@@ -129,7 +129,7 @@ void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, int32_t* sums)
 }
 
 // Sums of a tile's first kRows rows, [kRowsOfTile][kColumnsOfTile].
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(DK_EMULATE_TILES)
 template <int kRows>
 __attribute__((noinline)) void multiply(const uint8_t* w, const Code* x, const Call& c, uint32_t* to) {
     constexpr int kTall = kRows / kTileRows;
