@@ -41,7 +41,7 @@ class Lora:
             if isinstance(layer, QuantizedLinear):
                 layer.branches.append(branch)
             else:
-                self._hooks.append(layer.register_forward_hook(functools.partial(_beside, branch)))
+                self._hooks.append(layer.register_forward_hook(functools.partial(_beside, branch), with_kwargs=True))
 
     @property
     def scale(self) -> float:
@@ -114,6 +114,8 @@ def add_lora_(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike
             raise ValueError(
                 f"source: {key}: the model reads that layer's weight and does not call it: a branch would not be seen"
             )
+        if name in made:
+            raise ValueError(f"source: {key}: a second pair of projections for {name}")
         layer: Any = layers[name]
         if (factors.up.shape[0], factors.down.shape[1]) != (layer.out_features, layer.in_features):
             given = f"up {list(factors.up.shape)} and down {list(factors.down.shape)}"
@@ -123,11 +125,12 @@ def add_lora_(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike
     return Lora(made, scale)
 
 
-def _beside(branch: SideBranch, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+def _beside(branch: SideBranch, layer: Any, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor) -> Tensor:
     """The forward hook of a Linear that is not quantized. A hook's tensors are no part of the model: they follow its input."""
     if branch.up.device != y.device or branch.up.dtype != y.dtype:
         branch.to(y.device, y.dtype)
-    return y + branch.alpha * F.linear(branch.down(args[0].to(y.dtype)), branch.up)
+    x = args[0] if args else named["input"]
+    return y + branch.alpha * F.linear(branch.down(x.to(y.dtype)), branch.up)
 
 
 def _factors(source: Mapping[str, Tensor]) -> dict[str, _Factors]:

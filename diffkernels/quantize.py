@@ -177,14 +177,13 @@ def _seen(model: nn.Module, layers: Sequence[nn.Module], run: Callable[[nn.Modul
     """Of each layer that `run` calls, the largest magnitude of each column of its inputs, float32."""
     largest: dict[nn.Module, Tensor] = {}
 
-    def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args[0].numel():
-            found = (
-                args[0].detach().float().abs().flatten(0, -2).amax(0) if args[0].ndim > 1 else args[0].detach().float().abs()
-            )
+    def look(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        x = args[0] if args else named["input"]
+        if x.numel():
+            found = x.detach().float().abs().reshape(-1, x.shape[-1]).amax(0)
             largest[layer] = torch.maximum(largest[layer], found) if layer in largest else found
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     try:
         run(model)
     finally:

@@ -156,6 +156,18 @@ def test_the_names_of_other_tools(tmp_path, down, up, rename) -> None:
     assert relative(plain(*call), exact) < 1e-5
 
 
+def test_by_keyword_and_twice() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
+    state = {"0.lora_A.weight": torch.randn(2, 8), "0.lora_B.weight": torch.randn(4, 2)}
+    exact = merged(net, state)[0](x)
+    added = add_lora_(net, state)
+    torch.testing.assert_close(net[0](input=x), exact)
+    added.remove()
+    with pytest.raises(ValueError, match=r"unet\.0: a second pair of projections for 0"):
+        add_lora_(net, state | {f"unet.{k}": t for k, t in state.items()})
+    assert not net[0]._forward_hooks
+
+
 def test_a_branch_goes_where_its_model_goes() -> None:
     coded = model(depth=1)
     state = lora(coded)

@@ -211,7 +211,11 @@ def test_a_few_inputs_show_which_channels_are_large() -> None:
     x[:, 7] *= 100
     exact[0].weight[:, 9] *= 50
     error = {}
-    for name, smooth in (("none", "none"), ("weight", "weight"), ("few", lambda m: [m[:3](part) for part in x.split(20)])):
+    for name, smooth in (
+        ("none", "none"),
+        ("weight", "weight"),
+        ("few", lambda m: [m[2](m[1](m[0](input=part))) for part in x.split(20)]),
+    ):
         model = copy.deepcopy(exact)
         report = quantize_(model, Recipe(smooth=smooth, min_elements=0))
         assert len(report.quantized) == 3 and not any(m._forward_pre_hooks for m in model.modules())
