@@ -176,8 +176,8 @@ MUTATIONS = [
     Mutation(
         "a rotated pair swapped",
         "csrc/cpu/qkv_prep.cpp",
-        "put(i, n, fma(v, load(table.cos + i), product(swapped(v), load(table.sin + i))));",
-        "put(i, n, fma(swapped(v), load(table.cos + i), product(v, load(table.sin + i))));",
+        "put(i, n, fma(v, load(table.cos + i), product(swapped<1>(v), load(table.sin + i))));",
+        "put(i, n, fma(swapped<1>(v), load(table.cos + i), product(v, load(table.sin + i))));",
         kernel("qkv_prep"),
     ),
     Mutation(

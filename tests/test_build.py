@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from mutation import MUTATIONS
 
 from diffkernels import _C
 
@@ -485,6 +486,11 @@ def test_budgets() -> None:
     assert not [(relative(p), lines(p)) for p in ops if lines(p) > OP_LINES]
     assert lines(PACKAGE / "_op.py", PACKAGE / "_ladder.py") <= FRAME_LINES
     assert lines(*(CSRC / name for name in ("op.h", "dispatch.h", "bindings.cpp"))) <= BORDER_LINES
+
+
+def test_every_planted_bug_has_its_place() -> None:
+    """tests/mutation.py takes a quarter of an hour: what it can't plant is said before."""
+    assert not [m.name for m in MUTATIONS if text(ROOT / m.file).count(m.old) != 1]
 
 
 # What is shipped
