@@ -25,13 +25,13 @@ class Recipe:
 
     `kind`: "int8", codes of one scale an output for the weight and one a row, found in each call, for the input.
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
-    `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights
-    smaller than this stay: their products take less time than the codes. `smooth`: "none"; "weight", the square root of each
-    column's largest weight goes over to the input: for weights with a few large columns; or a function that is given the model
-    and runs it on a few inputs: weight and input then share what is large in either (SmoothQuant, alpha = 1/2), but for layers
-    that it does not call. `rotate`: 0, or 64, 128 or 256
-    columns that are mixed in weight and input alike, as many as divide a layer's, down to 64: for activations with a few large
-    columns, of which the weights know nothing.
+    `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights smaller than this stay: their products
+    take less time than the codes.
+    `smooth`: "none"; "weight", the square root of each column's largest weight goes over to the input: for weights with a few
+    large columns; or a function that is given the model and runs it on a few inputs: weight and input then share what is large
+    in either (SmoothQuant, alpha = 1/2), but for layers that it does not call.
+    `rotate`: 0, or 64, 128 or 256 columns that are mixed in weight and input alike, as many as divide a layer's, down to 64:
+    for activations with a few large columns, of which the weights know nothing.
     Raises ValueError for an unknown kind, `smooth` or `rotate`, or a `min_elements` below 0.
     """
 
