@@ -136,13 +136,15 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
     recipe = Recipe(recipe) if isinstance(recipe, str) else recipe
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a Recipe or a kind's name, got {type(recipe).__name__}")
-    wanted = [m for n, m in model.named_modules() if m is not model and type(m) is nn.Linear and recipe.reason(n, m) is None]
+    layers = [
+        (name, layer, "the model itself: put it into a module" if layer is model else recipe.reason(name, layer))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)
+    ]
+    wanted = [layer for _, layer, why in layers if why is None]
     seen = _seen(model, wanted, recipe.smooth) if callable(recipe.smooth) else {}
     report, made = Report(), dict[nn.Module, nn.Module]()
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
-            continue
-        why = "the model itself: put it into a module" if layer is model else recipe.reason(name, layer)
+    for name, layer, why in layers:
         size = layer.weight.numel() * layer.weight.element_size()
         shape = tuple(layer.weight.shape)
         if why is not None:
