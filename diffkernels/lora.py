@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -50,9 +51,9 @@ class Lora:
 
     @scale.setter
     def scale(self, scale: float) -> None:
+        self._scale = _real(scale)
         for _, branch in self._attached:
-            branch.factor = _real(scale)
-        self._scale = scale
+            branch.factor = self._scale
 
     def remove(self) -> None:
         """Leaves the model as it was before. A second call does nothing."""
@@ -82,18 +83,19 @@ def add_lora_(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike
         model: any module.
         source: a state dict, or the path of a safetensors file, with keys of peft and diffusers (`lora_A`, `lora_B`), of
             kohya's scripts (`lora_down`, `lora_up`, with or without underscores for points) or of older diffusers
-            (`lora.down`, `lora.up`). down [rank, in], up [out, rank], any float; alpha is the rank where none lies beside them.
+            (`lora.down`, `lora.up`). down [rank, in], up [out, rank], any float; alpha is the rank where none
+            lies beside them.
         scale: what the whole of it is multiplied by.
 
     Returns:
         A `Lora`, by which it is rescaled or taken off.
 
     Raises:
-        TypeError: `model`, `source` or `scale` is something else. FileNotFoundError: no such file.
+        TypeError: `model`, `source`, what it holds or `scale` is something else. FileNotFoundError: no such file.
         ValueError: a file or keys of another kind, layers that the model lacks or that are not Linear, shapes that don't fit,
             numbers that are not finite. The model is left as it was.
 
-    Source: Hu et al. 2021, LoRA; Li et al. 2024, SVDQuant (a branch of 16 bits beside codes).
+    Source: Hu et al. 2021, LoRA; Li et al. 2024, SVDQuant (a low-rank branch beside codes).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -136,6 +138,8 @@ def _beside(branch: SideBranch, layer: Any, args: tuple[Tensor, ...], named: dic
 def _factors(source: Mapping[str, Tensor]) -> dict[str, _Factors]:
     found: dict[str, dict[str, Tensor]] = {}
     for key, t in source.items():
+        if not isinstance(key, str) or not isinstance(t, Tensor):
+            raise TypeError(f"source: expected tensors by name, got {key!r}: {type(t).__name__}")
         for what, pattern in (("down", _DOWN), ("up", _UP), ("alpha", _ALPHA)):
             if (match := pattern.fullmatch(key)) is not None:
                 found.setdefault(match[1], {})[what] = t
@@ -151,8 +155,10 @@ def _checked(key: str, parts: Mapping[str, Tensor]) -> _Factors:
     if parts.keys() - {"alpha"} != {"down", "up"}:
         raise ValueError(f"source: {key}: expected a down- and an up-projection, got {', '.join(sorted(parts))} alone")
     for what, t in parts.items():
-        if not t.is_floating_point() or not t.isfinite().all():
+        if not (t.is_floating_point() or what == "alpha") or not t.isfinite().all():
             raise ValueError(f"source: {key}: {what}: expected finite floats, got {t.dtype}, or numbers that are not finite")
+        if what == "alpha" and t.numel() != 1:
+            raise ValueError(f"source: {key}: alpha: expected one number, got shape {list(t.shape)}")
     down, up = (
         parts[n].flatten(1) if parts[n].ndim == 4 and parts[n].shape[2:] == (1, 1) else parts[n] for n in ("down", "up")
     )
@@ -174,4 +180,6 @@ def _shortened(key: str) -> Iterator[str]:
 def _real(scale: Any) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     return float(scale)

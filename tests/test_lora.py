@@ -106,7 +106,7 @@ def test_several_are_added_up_and_taken_off_one_by_one() -> None:
     alone = copy.deepcopy(coded)
     first.remove()
     again = add_lora_(coded, one, 0.5)
-    assert torch.equal(coded(*call), alone(*call)) or relative(coded(*call), alone(*call)) < 1e-5  # in another order
+    assert relative(coded(*call), alone(*call)) < 1e-3  # in another order: a code may fall to the other side of a tie
     second.remove(), again.remove()
     assert not coded.blocks[0].mlp.fc1.branches and alone.blocks[0].mlp.fc1.branches
 
@@ -120,7 +120,7 @@ def test_it_joins_before_the_activation_the_gate_and_the_residual(activation) ->
     layer = QuantizedLinear.of(linear)
     net[0] = layer
     coded = dk.ops.act_quantize(x)
-    add_lora_(net, {"0.lora_down.weight": down, "0.lora_up.weight": up, "0.alpha": torch.tensor(6.0)})
+    add_lora_(net, {"0.lora_down.weight": down, "0.lora_up.weight": up, "0.alpha": torch.tensor(6)})  # kohya's may be whole
     exact = nn.functional.linear(coded[0] * coded[1][..., None], layer.weight + 2 * up @ down, layer.bias)
     exact = {"none": exact, "silu": nn.functional.silu(exact)}.get(
         activation, nn.functional.gelu(exact, approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -229,10 +229,8 @@ def test_what_is_saved_is_without_it(tmp_path) -> None:
             r"expected down \[rank, in\] and up \[out, rank\], got \[3, 384\], \[1536, 4\]",
         ),
         (lambda s: s["blocks.0.mlp.fc1.lora_A.weight"].fill_(torch.nan), "fc1: down: expected finite floats"),
-        (
-            lambda s: s.update({"blocks.0.mlp.fc1.alpha": torch.tensor(4)}),
-            "fc1: alpha: expected finite floats, got torch.int64",
-        ),
+        (lambda s: s.update({"blocks.0.mlp.fc1.alpha": torch.ones(2)}), r"fc1: alpha: expected one number, got shape \[2\]"),
+        (lambda s: s.update({"blocks.0.mlp.fc1.alpha": torch.tensor(torch.inf)}), "fc1: alpha: expected finite floats"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_added(change, words) -> None:
@@ -250,6 +248,12 @@ def test_bad_arguments_are_named(tmp_path) -> None:
         (lambda: add_lora_(3, {}), TypeError, r"model: expected an nn\.Module, got int"),
         (lambda: add_lora_(plain, 3), TypeError, "source: expected a state dict or a path, got int"),
         (lambda: add_lora_(plain, lora(plain), "1"), TypeError, "scale: expected a number, got str"),
+        (
+            lambda: add_lora_(plain, {"x.lora_A.weight": 3}),
+            TypeError,
+            "source: expected tensors by name, got 'x.lora_A.weight': int",
+        ),
+        (lambda: add_lora_(plain, lora(plain), float("nan")), ValueError, "scale: expected a finite number, got nan"),
         (lambda: add_lora_(plain, tmp_path / "no.safetensors"), FileNotFoundError, "no such file"),
         (lambda: add_lora_(plain, "style.pt"), CheckpointError, "pickles"),
         (lambda: setattr(add_lora_(plain, lora(plain)), "scale", None), TypeError, "scale: expected a number, got NoneType"),
