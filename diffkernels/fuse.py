@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .nn import Fusable, QuantizedLinear, RMSNorm, uncoded, watched
-from .ops.linear_w8a8 import COLUMNS
+from .ops._linear import COLUMNS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models.checkpoint import reading
@@ -75,7 +74,7 @@ def add_lora_(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike
     """Adds scale · (alpha / rank) · up (down x) to the Linear layers that a LoRA names, in place, for inference.
 
     In a layer of 8-bit codes the input's codes are used again, wherever they were made: a fused model stays fused. `down` is
-    coded as the layer's own weight is, smoothed and rotated alike; `up` and the sum are of the result's dtype. Any other
+    coded as the layer's input is, smoothed and rotated alike, and `up` is bfloat16; the layer's epilogue adds them. Any other
     nn.Linear is called as it is, and a forward hook adds to its result. No weight changes, nor does a state dict: what is saved
     is the model without it. Several may be on at a time, and each is taken off by itself.
 
@@ -132,7 +131,7 @@ def _beside(branch: SideBranch, layer: Any, args: tuple[Tensor, ...], named: dic
     if branch.up.device != y.device or branch.up.dtype != y.dtype:
         branch.to(y.device, y.dtype)
     x = args[0] if args else named["input"]
-    return y + branch.alpha * F.linear(branch.down(x.to(y.dtype)), branch.up)
+    return y + branch.alpha * (branch.down(x.to(y.dtype)) @ branch.up)
 
 
 def _factors(source: Mapping[str, Tensor]) -> dict[str, _Factors]:

@@ -1,4 +1,4 @@
-"""Models in 8 bits: a recipe says how, the report says what was done to which layer, what it costs, and what was left alone."""
+"""Models in 8 or 4 bits: a recipe says how, the report what was done to which layer, what it costs, what was left alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .nn.quantized import QuantizedLinear
 from .ops._quantize import ROTATIONS
+from .ops.linear_w4a8_lowrank import GROUPS
 
-RECIPES = ("int8",)
+RECIPES = ("int8", "w4a8_lowrank")
 # The first and the last layers and the modulations: few of a model's products, much of its error (Q-DiT, ViDiT-Q).
 # DiMR reads the weights of its upsampling and its long skips: they would be unpacked in every call.
 SENSITIVE = ("*embed*", "*adaLN*", "*norm*.linear", "final_layer*", "proj_out*", "*upsample*", "*skip_dense*")
@@ -23,7 +24,9 @@ SENSITIVE = ("*embed*", "*adaLN*", "*norm*.linear", "final_layer*", "proj_out*",
 class Recipe:
     """How `quantize_` treats a model.
 
-    `kind`: "int8", codes of one scale an output for the weight and one a row, found in each call, for the input.
+    `kind`: "int8", codes of one scale an output for the weight and one a row, found in each call, for the input; or
+    "w4a8_lowrank", codes of 4 bits for the weight, with a scale for each `group` of 64 or 128 inputs, and beside them a branch
+    of `rank` columns that holds what they lose most of (SVDQuant): a bit more than half the bytes, and less exact.
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
     `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights smaller than this stay: their products
     take less time than the codes.
@@ -32,7 +35,7 @@ class Recipe:
     in either (SmoothQuant, alpha = 1/2), but for layers that it does not call.
     `rotate`: 0, or 64, 128 or 256 columns that are mixed in weight and input alike, as many as divide a layer's, down to 64:
     for activations with a few large columns, of which the weights know nothing.
-    Raises ValueError for an unknown kind, `smooth` or `rotate`, or a `min_elements` below 0.
+    Raises ValueError for an unknown kind, `smooth`, `rotate` or `group`, or a `min_elements` or `rank` below 0.
     """
 
     kind: str = "int8"
@@ -41,12 +44,17 @@ class Recipe:
     min_elements: int = 2**14
     smooth: str | Callable[[nn.Module], object] = "none"
     rotate: int = 0
+    group: int = 64
+    rank: int = 32
 
     def __post_init__(self) -> None:
         if self.kind not in RECIPES:
             raise ValueError(f"kind: expected one of {', '.join(RECIPES)}, got {self.kind!r}")
-        if self.min_elements < 0:
-            raise ValueError(f"min_elements: expected 0 or more, got {self.min_elements}")
+        for name in ("min_elements", "rank"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.group not in GROUPS:
+            raise ValueError(f"group: expected 64 or 128, got {self.group!r}")
         if self.smooth not in ("none", "weight") and not callable(self.smooth):
             raise ValueError(f"smooth: expected 'none', 'weight' or a function of the model, got {self.smooth!r}")
         if self.rotate and self.rotate not in ROTATIONS:
@@ -106,19 +114,20 @@ class Report:
 
     def __str__(self) -> str:
         wide = max([len("layer"), *(len(layer.name) for layer in self.layers)])
-        rows = [f"{'layer':<{wide}}  {'weight':>14}  {'recipe':<9}  {'SQNR':>7}  why not"]
-        for layer in self.layers:
+        kinds = [f"{layer.kind or '–'}{f' H{layer.rotate}' if layer.rotate else ''}" for layer in self.layers]
+        kind = max(9, *map(len, kinds)) if kinds else 9
+        rows = [f"{'layer':<{wide}}  {'weight':>14}  {'recipe':<{kind}}  {'SQNR':>7}  why not"]
+        for layer, text in zip(self.layers, kinds, strict=True):
             shape = "×".join(map(str, layer.shape))
             sqnr = "" if layer.kind is None else f"{layer.sqnr:.1f} dB"
-            kind = f"{layer.kind or '–'}{f' H{layer.rotate}' if layer.rotate else ''}"
-            rows.append(f"{layer.name:<{wide}}  {shape:>14}  {kind:<9}  {sqnr:>7}  {layer.reason or ''}".rstrip())
+            rows.append(f"{layer.name:<{wide}}  {shape:>14}  {text:<{kind}}  {sqnr:>7}  {layer.reason or ''}".rstrip())
         before, after = (sum(getattr(layer, when) for layer in self.layers) for when in ("before", "after"))
         rows.append(f"{len(self.quantized)} of {len(self.layers)} layers; weights {before / 1e6:.2f} -> {after / 1e6:.2f} MB")
         return "\n".join(rows)
 
 
 def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
-    """Replaces the Linear layers of `model` by ones of 8-bit codes, in place, for inference; no data is needed.
+    """Replaces the Linear layers of `model` by ones of 8-bit or 4-bit codes, in place, for inference; no data is needed.
 
     Args:
         model: any module; a layer that stands in several places stays one.
@@ -152,9 +161,9 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
             continue
         assert isinstance(layer, nn.Linear)
         smooth = shared(layer.weight, seen.get(layer)) if recipe.smooth == "weight" or layer in seen else None
-        made[layer] = new = QuantizedLinear.of(layer, smooth, recipe.columns(layer.in_features))
-        codes = new.packed.numel() + 4 * new.out_features
-        report.layers.append(Layer(name, recipe.kind, shape, size, codes, sqnr(layer.weight, new.weight), new.rotate))
+        how = {} if recipe.kind == "int8" else {"bits": 4, "group": recipe.group, "rank": recipe.rank}
+        made[layer] = new = QuantizedLinear.of(layer, smooth, recipe.columns(layer.in_features), **how)
+        report.layers.append(Layer(name, recipe.kind, shape, size, new.nbytes, sqnr(layer.weight, new.weight), new.rotate))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children gives a layer of two names once
             if child in made:

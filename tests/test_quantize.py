@@ -40,6 +40,50 @@ def test_packing_is_undone() -> None:
         ops.pack_w8(torch.zeros(2, dtype=torch.int8))
 
 
+def test_packing_of_4_bits_is_undone() -> None:
+    for n, k, group in ((1, 1, 64), (64, 8, 64), (65, 129, 64), (65, 129, 128), (0, 7, 64), (7, 0, 64)):
+        codes, scale = (
+            torch.randint(-8, 8, (n, k), dtype=torch.int8),
+            torch.randint(1, 17, (n, -(-k // group)), dtype=torch.uint8),
+        )
+        packed, scales = ops.pack_w4(codes, scale)
+        assert packed.shape == (-(-n // 64), -(-k // 8), 64, 4) and scales.shape == (-(-n // 64), -(-k // group), 64)
+        found = ops.unpack_w4(packed, scales, n, k)
+        assert torch.equal(found[0], codes) and torch.equal(found[1], scale) and found[1].dtype == torch.uint8
+    eights, ones = torch.zeros(2, 70, dtype=torch.int8), torch.ones(2, 2, dtype=torch.uint8)
+    for error, codes, scale, words in (
+        (TypeError, eights.float(), ones, r"expected int8 and uint8, got torch\.float32 and torch\.uint8"),
+        (ValueError, eights[0], ones, r"expected \[N, K\] and \[N, groups\], got \[70\], \[2, 2\]"),
+        (ValueError, eights, ones[:, [0, 0, 0]], "group_scale: expected groups of 64 or 128 of 70 inputs, got 3 groups"),
+        (ValueError, eights + 8, ones, "codes: expected -8 to 7"),
+        (ValueError, eights, ones * 17, "group_scale: expected 1 to 16"),
+        (ValueError, eights, ones * 0, "group_scale: expected 1 to 16"),
+    ):
+        with pytest.raises(error, match=words):
+            ops.pack_w4(codes, scale)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_each_group_has_the_scale_of_the_smallest_error(group) -> None:
+    w = torch.randn(9, 300) * torch.rand(9, 300)
+    w[3], w[4, :200] = 0, 0
+    codes, scale, unit = ops.code_w4(w, group)
+    assert codes.amin() == -8 and codes.amax() == 7 and scale.amin() >= 1 and scale.amax() == 16 and unit[3] == 1
+
+    def errors(codes, scale):
+        wide = scale.float().repeat_interleave(group, 1)[:, :300]
+        square = torch.nn.functional.pad((w - codes * wide * unit[:, None]).square(), (0, -300 % group))
+        return square.unflatten(1, (-1, group)).sum(-1)
+
+    found = errors(codes, scale)
+    for s in range(1, 17):
+        other = (w / (s * unit[:, None])).round().clamp(-8, 7)
+        assert (found <= errors(other, torch.full_like(scale, s)) * (1 + 1e-5) + 1e-12).all(), s
+    assert (codes[3] == 0).all() and (codes[4, : 200 // group * group] == 0).all()
+    with pytest.raises(ValueError, match="group: expected 64 or 128, got 32"):
+        ops.code_w4(w, 32)
+
+
 def test_sums_are_exact_where_every_product_is_the_largest() -> None:
     for k in (4, 131_071):
         x, w = (torch.full((2, k), v, dtype=torch.int8) for v in (-128, -128))
@@ -48,19 +92,22 @@ def test_sums_are_exact_where_every_product_is_the_largest() -> None:
                 continue
             with dk.rung(rung):
                 y = ops.linear_w8a8(x, torch.ones(2), ops.pack_w8(w), torch.ones(2), dtype="float32")
-            assert torch.equal(y, torch.full((2, 2), float(128 * 128 * k)).float()), (rung, k)
+                four = ops.pack_w4(w // 16, torch.full((2, -(-k // 128)), 16, dtype=torch.uint8))
+                z = ops.linear_w4a8_lowrank(x, torch.ones(2), *four, torch.ones(2), dtype="float32")
+            assert torch.equal(y, torch.full((2, 2), float(128 * 128 * k)).float()) and torch.equal(y, z), (rung, k)
     with pytest.raises(ValueError, match=r"x: expected .* K up to 131071"):
         ops.linear_w8a8(torch.zeros(1, 131_072, dtype=torch.int8), torch.ones(1), ops.pack_w8(w), torch.ones(2))
 
 
-def test_rungs_agree_to_the_bit() -> None:
-    call = next(c for c in ops.linear_w8a8.op.cases if c.name == "gated").args(Draw(torch.float32))
+@pytest.mark.parametrize("op", [ops.linear_w8a8, ops.linear_w4a8_lowrank])
+def test_rungs_agree_to_the_bit(op) -> None:
+    call = next(c for c in op.op.cases if c.name == "gated").args(Draw(torch.float32))
     call |= {"activation": "none", "gate": None, "residual": None, "bias": None}
     found = []
     for rung in ("cpu", "avx2", "avx512", "avx512_vnni", "amx"):
-        if dk._ladder.missing(rung, "linear_w8a8", "cpu") is None:
+        if dk._ladder.missing(rung, op.op.name, "cpu") is None:
             with dk.rung(rung):
-                found.append(ops.linear_w8a8(**call))
+                found.append(op(**call))
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
@@ -76,12 +123,49 @@ def test_a_layer_answers_nearly_what_it_did(dtype, bias) -> None:
     assert "in_features=200" in repr(quantized)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_of_4_bits_answers_nearly_what_it_did(dtype) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(200, 300).to(dtype), torch.randn(3, 50, 200).to(dtype)
+    linear.weight[:, 17] *= 20
+    error = {}
+    for name, how in (("plain", {}), ("wide", {"group": 128}), ("branch", {"rank": 32})):
+        made = QuantizedLinear.of(linear, bits=4, **how)
+        y = made(x)
+        assert y.dtype == dtype and y.shape == (3, 50, 300) and made.bias is linear.bias
+        error[name] = relative(y, linear(x))
+        # A weight that is one of its codes' is their map, and nothing but the input is rounded.
+        again = nn.Linear(200, 300)
+        again.weight.copy_(made.weight)
+        again.bias.copy_(linear.bias)
+        assert relative(y, again(x.float())) < 0.02
+    assert 3 * error["branch"] < error["plain"] < error["wide"] < 0.5 and error["branch"] < 0.1, error
+    assert "bits=4, group=64, rank=32" in repr(made)
+    assert QuantizedLinear.of(nn.Linear(200, 20), bits=4, rank=32).rank == 20
+
+
+def test_a_branch_is_found_alike_each_time() -> None:
+    torch.manual_seed(0)
+    linear, state = nn.Linear(128, 128), torch.get_rng_state()
+    a, b = (QuantizedLinear.of(linear, bits=4, rank=8) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    linear.weight[:, 5] *= 50  # one rank's worth, in 8 bits as well
+    with_branch, without = (sqnr(linear.weight, QuantizedLinear.of(linear, rank=r).weight) for r in (8, 0))
+    assert with_branch > without + 6
+
+
 def test_scales_stay_float32_when_the_model_does_not() -> None:
     quantized = QuantizedLinear.of(nn.Linear(64, 64))
     exact = quantized.weight_scale.clone()
     for move in (quantized.half, quantized.bfloat16, quantized.float):
         move()
         assert torch.equal(quantized.weight_scale, exact) and quantized.packed.dtype == torch.uint8
+    low = QuantizedLinear.of(nn.Linear(64, 64), bits=4, rank=4)
+    before = low.state_dict()
+    for move in (low.half, low.double, low.float):
+        after = move().state_dict()
+        assert all(torch.equal(t, after[name]) and t.dtype == after[name].dtype for name, t in before.items() if name != "bias")
 
 
 def test_a_state_dict_holds_codes_that_any_machine_can_pack() -> None:
@@ -99,6 +183,42 @@ def test_a_state_dict_holds_codes_that_any_machine_can_pack() -> None:
         other.load_state_dict(state | {"0.qweight": state["0.qweight"].float()})
     with pytest.raises(RuntimeError, match=r'Missing key.*"0\.qweight"'):
         other.load_state_dict({k: v for k, v in state.items() if k != "0.qweight"})
+
+
+def test_a_state_dict_holds_4_bits_and_their_branch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(384, 130), nn.GELU(), nn.Linear(130, 5))
+    report = quantize_(model, Recipe("w4a8_lowrank", skip=(), min_elements=0, group=128, rank=4, rotate=64, smooth="weight"))
+    state, x = model.state_dict(), torch.randn(9, 384)
+    names = ("qweight", "group_scale", "weight_scale", "down", "down_scale", "up", "smooth", "bias")
+    assert set(state) == {f"{i}.{name}" for i in (0, 2) for name in names} | {"0.rotate"}
+    assert [tuple(state[f"0.{name}"].shape) for name in names[:6]] == [(130, 384), (130, 3), (130,), (4, 384), (4,), (4, 130)]
+    assert report.layers[0].after == model[0].nbytes and "w4a8_lowrank H64" in str(report)
+
+    def empty(bits=4, group=128, rank=4):
+        how = {"smooth": True, "bits": bits, "group": group, "rank": rank}
+        return nn.Sequential(QuantizedLinear(384, 130, rotate=64, **how), nn.GELU(), QuantizedLinear(130, 5, **how))
+
+    other = empty()
+    other.load_state_dict(load(save(state)))
+    assert torch.equal(other(x), model(x))
+    for layers, words in (
+        (empty(bits=8), r'Unexpected key.*"0\.group_scale"'),
+        (empty(group=64), r"0\.group_scale: expected uint8 \[130, 6\], got torch\.uint8 \[130, 3\]"),
+        (empty(rank=5), r"0\.down: expected int8 \[5, 384\], got torch\.int8 \[4, 384\]"),
+        (empty(rank=0), r'Unexpected key.*"0\.down'),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            layers.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"0\.codes: expected -8 to 7"):
+        other.load_state_dict(state | {"0.qweight": state["0.qweight"] + 8})
+    for how, words in (
+        ({"bits": 3}, "bits: expected 4 or 8, got 3"),
+        ({"group": 7}, "group: expected"),
+        ({"rank": -1}, "rank: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            QuantizedLinear(64, 64, **how)
 
 
 class Odd(nn.Linear):
@@ -146,7 +266,7 @@ def test_the_report_has_every_layer_and_the_reason() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got int"):
         quantize_(3)
-    with pytest.raises(ValueError, match="kind: expected one of int8, got 'int3'"):
+    with pytest.raises(ValueError, match="kind: expected one of int8, w4a8_lowrank, got 'int3'"):
         quantize_(nn.Linear(2, 2), "int3")
     with pytest.raises(TypeError, match="recipe: expected a Recipe or a kind's name, got int"):
         quantize_(nn.Linear(2, 2), 8)
@@ -158,6 +278,10 @@ def test_bad_arguments_are_named() -> None:
         Recipe(rotate=32)
     with pytest.raises(ValueError, match="min_elements: expected 0 or more, got -1"):
         Recipe(min_elements=-1)
+    with pytest.raises(ValueError, match="rank: expected 0 or more, got -1"):
+        Recipe("w4a8_lowrank", rank=-1)
+    with pytest.raises(ValueError, match="group: expected 64 or 128, got 32"):
+        Recipe("w4a8_lowrank", group=32)
     alone = quantize_(nn.Linear(200, 200))
     assert not alone.quantized and alone.layers[0].reason == "the model itself: put it into a module"
     assert dk.quantize_ is quantize_ and dk.Recipe is Recipe
@@ -324,6 +448,31 @@ def test_a_rotated_model_is_saved_and_loaded_as_such(tmp_path) -> None:
             dk.load(path)
 
 
+def test_a_model_of_4_bits_is_saved_and_loaded_whole(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, path = dit("S/8", num_classes=10, input_size=16, depth=2).eval(), tmp_path / "q.safetensors"
+    whole = sum(t.numel() * t.element_size() for block in model.blocks for t in (block.attn.qkv.weight, block.mlp.fc1.weight))
+    quantize_(model, Recipe("w4a8_lowrank", rank=16, group=128))
+    x, t, y = torch.randn(2, 4, 16, 16), torch.rand(2) * 1000, torch.tensor([1, 2])
+    assert sum(layer.nbytes for block in model.blocks for layer in (block.attn.qkv, block.mlp.fc1)) < whole / 6
+    dk.save(model, path, dtype=torch.bfloat16)
+    again = dk.load(path)
+    layer = again.blocks[1].mlp.fc2
+    assert (layer.bits, layer.group, layer.rank) == (4, 128, 16) and layer.weight.equal(model.blocks[1].mlp.fc2.weight)
+    dk.save(model, path)
+    assert torch.equal(dk.load(path)(x, t, y), model(x, t, y))
+    other = dit("S/8", num_classes=10, input_size=16, depth=2)
+    quantize_(other)
+    with pytest.raises(CheckpointError, match="has unexpected"):
+        dk.load(path, other)
+    rewritten(path, lambda state, _: state["blocks.1.attn.qkv.qweight"].fill_(8))
+    before = again.blocks[0].attn.qkv.packed.clone()
+    for into in (None, again):
+        with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.qkv: codes: expected -8 to 7"):
+            dk.load(path, into)
+    assert torch.equal(again.blocks[0].attn.qkv.packed, before)
+
+
 def rewritten(path, change) -> None:
     with safe_open(path, framework="pt") as file:
         state, found = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["diffkernels"])  # noqa: SIM118
@@ -334,7 +483,7 @@ def rewritten(path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda _, found: found["quantized"].update(kind="int3"), "quantized: expected kind 'int8'"),
+        (lambda _, found: found["quantized"].update(kind="int3"), "quantized: expected kind int8 or w4a8_lowrank"),
         (
             lambda _, found: found["quantized"]["layers"].append("blocks.0"),
             "expected the names of Linear layers, got 'blocks.0'",

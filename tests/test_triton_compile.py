@@ -129,12 +129,19 @@ def geglu(t):
 
 
 def linear_w8a8(t):
-    "Every epilogue, at the tile of many rows and that of few; codes come by cp.async or in words."
-    given = {"y": "*" + t, "weight": "*u8", "weight_scale": ("*fp32", 1), "x_scale": ("*fp32", 1)} | integers("M N K")
-    given |= {"x": ("*i8", "i32", 1), "bias": ("*" + t, 1)} | operands("gate", t) | matrices("residual", t)
+    "Every epilogue, with a branch and without, at the tile of many rows and that of few; codes come by cp.async or in words."
+    given = {"y": "*" + t, "weight": "*u8", "weight_scale": ("*fp32", 1), "x_scale": ("*fp32", 1)} | integers("M N K R")
+    given |= {"x": ("*i8", "i32", 1), "bias": ("*" + t, 1)} | operands("gate", t) | matrices("residual low up", t)
+    given |= {"group_scale": None, "GROUP": 1, "MIXED": False}
     for activation, rows, block, step in (("TANH", 64, 64, 32), ("GELU", 64, 64, 32), ("SILU", 16, 64, 128)):
-        which = {name: name == activation for name in ("GELU", "TANH", "SILU")}
-        yield "_kernel", given | which | {"ROWS": rows, "BLOCK": block, "STEP": step}, 8, "LDG", "STG" if rows < 64 else ""
+        which = {name: name == activation for name in ("GELU", "TANH", "SILU")} | {"ROWS": rows, "BLOCK": block, "STEP": step}
+        which |= {"low": None, "up": None} if activation == "GELU" else {}
+        yield "_linear._kernel", given | which, 8, "LDG", "STG" if rows < 64 else ""
+
+
+def linear_w4a8_lowrank(t):
+    for name, given, warps, *_ in linear_w8a8(t):
+        yield name, given | {"group_scale": "*u8", "GROUP": 64 if given["GELU"] else 128}, warps, "LDG", "STG"
 
 
 def depthwise_conv2d(t):

@@ -11,6 +11,10 @@ namespace {
 
 constexpr int kTileRows = 16, kTileLanes = 16;
 
+struct Nothing {
+    DK_INLINE void operator()() const {}
+};
+
 #if defined(DK_EMULATE_TILES)  // in memory, for tests: any machine runs them, and a sanitizer sees what they read
 constexpr bool kTiles = true;
 thread_local char emulated[8][kTileRows][64];
@@ -95,10 +99,11 @@ DK_INLINE void tile_dot() {}
 #endif
 
 // c[16 kTall][16 kWide] = (or +=) a b. k counts lanes, in whole tiles; steps count lanes from row to row, b_next from b's first
-// tile of columns to its second. b's tiles are asked for kAhead steps ahead, where they come from far.
-template <bool kBytes, bool kAdd, int kTall, int kWide, int kAhead = 0>
+// tile of columns to its second. b's tiles are asked for kAhead steps ahead, where they come from far. aside() is called in
+// every step: tiles are multiplied while the vector units do something else.
+template <bool kBytes, bool kAdd, int kTall, int kWide, int kAhead = 0, class G = Nothing>
 DK_INLINE void square(const void* a, int64_t a_step, const void* b, int64_t b_step, int64_t b_next, void* c, int64_t c_step,
-                      int64_t k) {
+                      int64_t k, G aside = {}) {
     const char *left = static_cast<const char*>(a), *right = static_cast<const char*>(b);
     char* const to = static_cast<char*>(c);
     const int64_t down = kTileRows * a_step * 4, along = kTileLanes * 4, c_down = kTileRows * c_step * 4;
@@ -123,6 +128,7 @@ DK_INLINE void square(const void* a, int64_t a_step, const void* b, int64_t b_st
         if constexpr (kTall > 1) tile_load<5>(left + down, a_step * 4);
         if constexpr (kTall > 1) tile_dot<kBytes, 2, 5, 6>();
         if constexpr (kTall > 1 && kWide > 1) tile_dot<kBytes, 3, 5, 7>();
+        aside();
     }
     tile_store<0>(to, c_step * 4);
     if constexpr (kWide > 1) tile_store<1>(to + along, c_step * 4);

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .._case import Case
 from .._op import Op
-from ..ops.linear_w8a8 import ACTIVATIONS, DTYPES, unpack_w8
+from ..ops._linear import ACTIVATIONS, DTYPES
+from ..ops.linear_w8a8 import unpack_w8
 
 Call = Callable[[], Any]
 Bind = Callable[[dict[str, Any]], Call]

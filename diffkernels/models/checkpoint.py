@@ -1,8 +1,8 @@
 """Weights in safetensors files: everything is checked before anything is loaded, and nothing is unpickled.
 
 A file of ours carries one metadata entry, "diffkernels", a JSON object: {"format": 1, "arch": "DiT", "config": {…},
-"about": {…}}, and of a quantized model also "quantized": {"kind": "int8", "layers": […]}. Converted official weights have
-none; they load into a model that the caller has built.
+"about": {…}}, and of a quantized model also "quantized": {"kind": "int8", "layers": […]}, or kind "w4a8_lowrank" where a layer
+has 4 bits or a branch. Converted official weights have none; they load into a model that the caller has built.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,15 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ..nn import QuantizedLinear
+from ..ops import pack_w4
+from ..ops.linear_w4a8_lowrank import GROUPS
 
 FORMAT = 1
+KINDS = ("int8", "w4a8_lowrank")
 KEY = "diffkernels"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-INTEGERS = {torch.int8: ("I8",), torch.int32: ("I32",)}
+INTEGERS = {torch.int8: ("I8",), torch.uint8: ("U8",), torch.int32: ("I32",)}
 # That there is a null class shows in the shapes.
 TRAINING_ONLY = ("class_dropout_prob", "dropout_prob", "block_grad_to_lowres")
 _TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "list[dict]": list}
@@ -82,6 +85,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
                 raise CheckpointError(f"{path}: {name}: expected finite numbers in {own.dtype}, found infinity or NaN")
             if own.dtype == torch.int32 and not torch.equal(state[name], own):  # a setting, no weight
                 raise CheckpointError(f"{path}: {name}: expected {own.tolist()}, got {state[name].tolist()}")
+        for name in state:
+            layer, _, last = name.rpartition(".")
+            if last == "group_scale":
+                try:
+                    pack_w4(state[f"{layer}.qweight"], state[name])
+                except ValueError as error:
+                    raise CheckpointError(f"{path}: {layer}: {error}") from error
     target.load_state_dict(state, strict=True, assign=model is None)
     return target if model is not None else target.eval()
 
@@ -113,7 +123,7 @@ def save(
     if ARCHITECTURES.get(arch) is not type(model):
         raise TypeError(f"model: expected one of {', '.join(ARCHITECTURES)}; got {arch}")
     layers = _quantized_layers(model)
-    exact = {f"{layer}.{name}" for layer in layers for name in ("qweight", "weight_scale", "smooth", "rotate")}
+    exact = {f"{name}.{key}" for name in layers for key in model.get_submodule(name).state_dict() if key != "bias"}
     state = {
         name: t.detach().to("cpu", t.dtype if dtype is None or name in exact else dtype).contiguous()
         for name, t in model.state_dict().items()
@@ -124,7 +134,7 @@ def save(
     # One entry, sorted: safetensors writes its entries in no fixed order, and the same weights shall be the same bytes.
     found = {"format": FORMAT, "arch": arch, "config": model.config, "about": dict(about or {})}
     if layers:
-        found["quantized"] = {"kind": "int8", "layers": layers}
+        found["quantized"] = {"kind": _kind(model, layers), "layers": layers}
     text = json.dumps(found, sort_keys=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -197,11 +207,17 @@ def _quantized_layers(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
 
 
+def _kind(model: nn.Module, layers: Sequence[str]) -> str:
+    """What a reader has to know: a layer's own tensors say which it is."""
+    plain = all(m.bits == 8 and not m.rank for m in map(model.get_submodule, layers))
+    return KINDS[0] if plain else KINDS[1]
+
+
 def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: Any) -> nn.Module:
     """The model, on the meta device, with the layers that the file says are quantized."""
     said = found.get("quantized", {"kind": "int8", "layers": []})
-    if not isinstance(said, dict) or said.get("kind") != "int8" or not isinstance(said.get("layers"), list):
-        raise CheckpointError(f"{path}: quantized: expected kind 'int8' and a list of layers, got {said!r:.80}")
+    if not isinstance(said, dict) or said.get("kind") not in KINDS or not isinstance(said.get("layers"), list):
+        raise CheckpointError(f"{path}: quantized: expected kind {' or '.join(KINDS)} and a list of layers, got {said!r:.80}")
     modules, names = dict(model.named_modules()), set(file.keys())
     for name in said["layers"]:
         layer = modules.get(name) if isinstance(name, str) else None
@@ -210,12 +226,21 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
         parent, _, last = name.rpartition(".")
         has = (layer.bias is not None, f"{name}.smooth" in names)
         rotate = _setting(path, file, f"{name}.rotate") if f"{name}.rotate" in names else 0
+        groups, down = (
+            _shape(file, f"{name}.{part}") if f"{name}.{part}" in names else None for part in ("group_scale", "down")
+        )
+        k, bits = layer.in_features, 8 if groups is None else 4
+        group = next((g for g in GROUPS if groups and groups[-1] == -(-k // g)), GROUPS[0])
         try:
-            new = QuantizedLinear(layer.in_features, layer.out_features, *has, rotate, device="meta")
+            new = QuantizedLinear(k, layer.out_features, *has, rotate, bits, group, down[0] if down else 0, device="meta")
         except ValueError as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
         setattr(modules[parent], last, new)
     return model
+
+
+def _shape(file: Any, name: str) -> list[int]:
+    return list(file.get_slice(name).get_shape())
 
 
 def _setting(path: Path, file: Any, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Linear layers of 8-bit codes."""
+"""Linear layers of 8-bit or 4-bit codes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops import _broadcast
+from ..ops._linear import COLUMNS
 from ..ops._quantize import check_rotation, rotated
-from ..ops.act_quantize import PLAIN
-from ..ops.linear_w8a8 import COLUMNS
+from ..ops.linear_w4a8_lowrank import GROUPS
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear whose weight and input are 8-bit codes, for inference: [..., in_features] -> [..., out_features].
+    """A Linear whose weight and input are codes, for inference: [..., in_features] -> [..., out_features].
 
-    The weight has one scale an output, the input one a row, found anew in each call: nothing is calibrated. With `smooth`,
-    [in_features], the input is multiplied by it before it is coded, and the weight's columns were divided by it: large columns
-    of the weight are shared between both (Xiao et al. 2023). With `rotate`, 64, 128 or 256, groups of so many columns of both
-    are mixed by an orthonormal Hadamard matrix, which changes nothing but that a large column is shared among its group
-    (Ashkboos et al. 2024). The result has the input's dtype. A state dict holds `qweight`, int8 [out_features, in_features],
-    `weight_scale`, float32 [out_features], `bias`, and where they are `smooth`, float32, and `rotate`, int32: what any machine
-    packs for itself when it loads them.
+    The input has 8-bit codes with one scale a row, found anew in each call: nothing is calibrated. The weight has codes of
+    `bits`: 8, with one scale an output; or 4, with one also for each `group` of 64 or 128 inputs (Lin et al. 2024). With
+    `rank` a branch of so many columns beside them, down in 8 bits and up in bfloat16, holds what the codes lose most of
+    (Li et al. 2024). With `smooth`, [in_features], the input is multiplied by it before it is coded, and the weight's columns
+    were divided by it: large columns of the weight are shared between both (Xiao et al. 2023). With `rotate`, 64, 128 or 256,
+    groups of so many columns of both are mixed by an orthonormal Hadamard matrix, which changes nothing but that a large column
+    is shared among its group (Ashkboos et al. 2024). The result has the input's dtype.
+
+    A state dict holds what any machine packs for itself when it loads them: `qweight`, int8 [out_features, in_features];
+    `weight_scale`, float32 [out_features]; `bias`; and where they are `group_scale`, uint8 [out_features, groups]; `down`, int8
+    [rank, in_features], `down_scale`, float32 [rank], and `up`, bfloat16 [rank, out_features]; `smooth`, float32; `rotate`,
+    int32.
     """
 
     packed: Tensor
     weight_scale: Tensor
+    group_scale: Tensor | None
+    down: Tensor | None
+    down_scale: Tensor | None
+    up: Tensor | None
     smooth: Tensor | None
 
     def __init__(
@@ -38,41 +46,120 @@ class QuantizedLinear(nn.Module):
         bias: bool = True,
         smooth: bool = False,
         rotate: int = 0,
+        bits: int = 8,
+        group: int = 64,
+        rank: int = 0,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
         check_rotation(in_features, rotate)
+        if bits not in (4, 8):
+            raise ValueError(f"bits: expected 4 or 8, got {bits!r}")
+        if group not in GROUPS:
+            raise ValueError(f"group: expected 64 or 128, got {group!r}")
+        if rank < 0:
+            raise ValueError(f"rank: expected 0 or more, got {rank}")
         self.in_features, self.out_features, self.rotate = in_features, out_features, rotate
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("packed", ops.pack_w8(codes), persistent=False)
+        self.bits, self.group, self.rank = bits, group, rank
+        self.register_buffer("packed", None, persistent=False)
+        self.register_buffer("group_scale", None, persistent=False)
+        self.register_buffer("down", None, persistent=False)
+        self._pack(*self._blank(device))
         self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.register_buffer("down_scale", torch.ones(rank, device=device) if rank else None)
+        self.register_buffer("up", torch.zeros(rank, out_features, device=device, dtype=torch.bfloat16) if rank else None)
         self.register_buffer("smooth", torch.ones(in_features, device=device) if smooth else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.branches: list[SideBranch] = []  # what is added to the map, and is in no codes and no state dict
 
-    @classmethod
-    def of(cls, linear: nn.Linear, smooth: Tensor | None = None, rotate: int = 0) -> QuantizedLinear:
-        """The same map, its weight rounded to codes of one scale an output; the bias is `linear`'s own.
+    def _blank(self, device: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Codes, group scales and the branch's codes, as a state dict has them."""
+        n, k, groups = self.out_features, self.in_features, -(-self.in_features // self.group)
+        scale = torch.ones(n, groups, dtype=torch.uint8, device=device) if self.bits == 4 else None
+        down = torch.zeros(self.rank, k, dtype=torch.int8, device=device) if self.rank else None
+        return torch.zeros(n, k, dtype=torch.int8, device=device), scale, down
 
-        `smooth`: float32 [in_features], above 0, what the input is multiplied by. `rotate`: as for the class.
+    def _pack(self, codes: Tensor, group_scale: Tensor | None, down: Tensor | None) -> None:
+        if group_scale is None:
+            self.packed = ops.pack_w8(codes)
+        else:
+            self.packed, self.group_scale = ops.pack_w4(codes, group_scale)
+        self.down = None if down is None else ops.pack_w8(down)
+
+    def _unpacked(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        n, k, scale = self.out_features, self.in_features, None
+        if self.group_scale is None:
+            codes = ops.unpack_w8(self.packed, n, k)
+        else:
+            codes, scale = ops.unpack_w4(self.packed, self.group_scale, n, k)
+        return codes, scale, None if self.down is None else ops.unpack_w8(self.down, self.rank, k)
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, linear: nn.Linear, smooth: Tensor | None = None, rotate: int = 0, bits: int = 8, group: int = 64, rank: int = 0
+    ) -> QuantizedLinear:
+        """The same map, its weight rounded to codes; the bias is `linear`'s own.
+
+        `smooth`: float32 [in_features], above 0, what the input is multiplied by. `rotate`, `bits`, `group`, `rank`: as for the
+        class; the rank is the weight's own where that is less.
         """
-        made = cls(linear.in_features, linear.out_features, bias=False, rotate=rotate, device=linear.weight.device)
-        with torch.no_grad():
-            inverse = None if smooth is None else 1 / smooth
+        n, k = linear.out_features, linear.in_features
+        made = cls(k, n, False, smooth is not None, rotate, bits, group, min(rank, n, k), device=linear.weight.device)
+        inverse = None if smooth is None else 1 / smooth
+        if bits == 8 and not made.rank:
             codes, made.weight_scale = ops.act_quantize(linear.weight, smooth=inverse, rotate=rotate)
-            made.packed, made.smooth = ops.pack_w8(codes), smooth
-        made.bias = linear.bias
+            made._pack(codes, None, None)
+        else:
+            weight = linear.weight.float() if inverse is None else linear.weight.float() * inverse
+            made._code(rotated(weight, rotate) * rotate**-0.5 if rotate else weight)
+        made.smooth, made.bias = smooth, linear.bias
         return made.train(linear.training)
+
+    def _code(self, weight: Tensor) -> None:
+        """Codes of a smoothed and rotated weight, and a branch beside them: in turn each of what the other leaves."""
+        left, least, best = weight, torch.inf, None
+        for _ in range(1 + REFINED if self.rank else 1):
+            branch, kept = _low_rank(left, self.rank) if self.rank else (None, torch.zeros_like(weight))
+            codes, group_scale, scale = self._codes(weight - kept)
+            left = weight - self._wide(codes, group_scale) * scale.unsqueeze(-1)
+            if best is None or (left - kept).norm().item() < least:
+                least, best = (left - kept).norm().item(), (codes, group_scale, scale, branch)
+        assert best is not None
+        codes, group_scale, self.weight_scale, branch = best
+        self._pack(codes, group_scale, None if branch is None else branch[0])
+        if branch is not None:
+            _, self.down_scale, self.up = branch
+
+    def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        if self.bits == 4:
+            return ops.code_w4(weight, self.group)
+        codes, scale = ops.act_quantize(weight)
+        return codes, None, scale
+
+    def _wide(self, codes: Tensor, group_scale: Tensor | None) -> Tensor:
+        """The whole numbers that stand for the weight in units of its outputs' scales."""
+        if group_scale is None:
+            return codes
+        return codes.to(torch.int16) * group_scale.to(torch.int16).repeat_interleave(self.group, 1)[:, : codes.shape[1]]
 
     @property
     def weight(self) -> Tensor:
         """The weight that the codes stand for, float32, or the bias's dtype: for a look; no product uses it."""
-        codes = ops.unpack_w8(self.packed, self.out_features, self.in_features)
-        weight = codes * self.weight_scale.unsqueeze(-1)
+        codes, group_scale, down = self._unpacked()
+        weight = self._wide(codes, group_scale) * self.weight_scale.unsqueeze(-1)
+        if down is not None and self.up is not None and self.down_scale is not None:
+            weight = weight + self.up.float().t() @ (down * self.down_scale.unsqueeze(-1))
         weight = rotated(weight, self.rotate) * self.rotate**-0.5 if self.rotate else weight
         weight = weight if self.smooth is None else weight * self.smooth
         return weight if self.bias is None else weight.to(self.bias.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """What the weight takes, in bytes: codes, scales and branch."""
+        parts = (self.packed, self.group_scale, self.weight_scale, self.down, self.down_scale, self.up)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
     @property
     def coding(self) -> dict[str, Any]:
@@ -102,88 +189,137 @@ class QuantizedLinear(nn.Module):
 
         Raises as `ops.linear_w8a8` does, and ValueError for outputs that begin or end within a panel of 64.
         """
-        packed, scale = self.packed, self.weight_scale
+        packed, group_scale, scale = self.packed, self.group_scale, self.weight_scale
         bias: Tensor | None = self.bias
+        low, up = self._low(coded)
         if outputs != (0, None):
             first, last = outputs
             if first % COLUMNS or (last or 0) % COLUMNS:
                 raise ValueError(f"outputs: expected multiples of {COLUMNS}, or None for the end, got {outputs}")
-            packed = packed[first // COLUMNS : None if last is None else last // COLUMNS]
+            panels = slice(first // COLUMNS, None if last is None else last // COLUMNS)
+            packed, group_scale = packed[panels], None if group_scale is None else group_scale[panels]
             scale, bias = scale[first:last], None if bias is None else bias[first:last]
-        name = str(dtype).removeprefix("torch.")
-        if self.branches:  # they join before the activation: what follows is no epilogue
-            y = ops.linear_w8a8(*coded, packed, scale, bias, dtype=name)
-            for branch in self.branches:
-                y = branch(coded, y, outputs)
-            y = PLAIN[activation](y)
-            y = y if gate is None else y * _broadcast.align(gate.to(dtype), y)
-            return y if residual is None else y + residual.to(dtype)
-        return ops.linear_w8a8(*coded, packed, scale, bias, gate, residual, activation, name)
+            up = None if up is None else up[:, first:last]
+        rest = (scale, bias, low, up, gate, residual, activation, str(dtype).removeprefix("torch."))
+        if group_scale is None:
+            return ops.linear_w8a8(*coded, packed, *rest)
+        return ops.linear_w4a8_lowrank(*coded, packed, group_scale, *rest)
+
+    def _low(self, coded: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """The branches' columns of an input, and their way up again, all side by side."""
+        own = [] if self.down is None else [(_down(coded, self.down, self.down_scale), self.up)]
+        parts = own + [(branch.low(coded), branch.up) for branch in self.branches]
+        if len(parts) < 2:
+            return parts[0] if parts else (None, None)
+        lows, ups = zip(*parts, strict=True)
+        return torch.cat(lows, -1), torch.cat(ups)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}" + (
-            f", rotate={self.rotate}" if self.rotate else ""
+            (f", rotate={self.rotate}" if self.rotate else "")
+            + (f", bits=4, group={self.group}" if self.bits == 4 else "")
+            + (f", rank={self.rank}" if self.rank else "")
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         for branch in self.branches:
             branch._apply(fn, recurse)
-        exact = {name: getattr(self, name) for name in ("weight_scale", "smooth")}
+        exact = {name: getattr(self, name) for name in ("weight_scale", "smooth", "down_scale", "up")}
         super()._apply(fn, recurse)
         for name, before in exact.items():  # .half() and .to(dtype) are about the model's arithmetic
-            if before is not None and getattr(self, name).dtype != torch.float32:
+            if before is not None and getattr(self, name).dtype != before.dtype:
                 setattr(self, name, before.to(self.packed.device))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "qweight"] = ops.unpack_w8(self.packed, self.out_features, self.in_features)
+        for name, t in zip(CODES, self._unpacked(), strict=True):
+            if t is not None:
+                destination[prefix + name] = t
         if self.rotate:
             destination[prefix + "rotate"] = torch.tensor(self.rotate, dtype=torch.int32)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        codes, shape = state_dict.pop(prefix + "qweight", None), (self.out_features, self.in_features)
         if (rotate := int(state_dict.pop(prefix + "rotate", 0))) != self.rotate:
             errors.append(f"{prefix}rotate: expected {self.rotate}, got {rotate}")
-        if codes is None:
-            missing.append(prefix + "qweight")
-        elif tuple(codes.shape) != shape or codes.dtype != torch.int8:
-            errors.append(f"{prefix}qweight: expected int8 {list(shape)}, got {codes.dtype} {list(codes.shape)}")
-        else:
-            self.packed = ops.pack_w8(codes).to(self.packed.device if not self.packed.is_meta else codes.device)
+        given: list[Tensor | None] = []
+        for name, own in zip(CODES, self._blank("meta"), strict=True):
+            if own is None:
+                given.append(None)
+            elif (t := state_dict.pop(prefix + name, None)) is None:
+                missing.append(prefix + name)
+            elif t.shape != own.shape or t.dtype != own.dtype:
+                wanted = f"{str(own.dtype).removeprefix('torch.')} {list(own.shape)}"
+                errors.append(f"{prefix}{name}: expected {wanted}, got {t.dtype} {list(t.shape)}")
+            else:
+                given.append(t if self.packed.is_meta else t.to(self.packed.device))
+        if len(given) == len(CODES):
+            try:
+                self._pack(*given)  # type: ignore[arg-type]
+            except ValueError as error:
+                errors.append(f"{prefix}{error}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+CODES = ("qweight", "group_scale", "down")  # a state dict's names of what is packed
+REFINED = 4  # times that codes and branch are found anew beside each other: the error's last tenth
+
+
+def _low_rank(weight: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """The rank that holds most of a weight [N, K]: (down, its scale, up) as they are kept, and what they stand for."""
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices):  # what it draws, it draws alike, and leaves the user's numbers as they were
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(weight, min(rank + 8, *weight.shape), niter=4)
+    root = s[:rank].sqrt()
+    down, scale = ops.act_quantize((v[:, :rank] * root).t())
+    up = (u[:, :rank] * root).t().to(torch.bfloat16).contiguous()
+    return (down, scale, up), up.float().t() @ (down * scale.unsqueeze(-1))
+
+
+def _down(coded: Sequence[Tensor], packed: Tensor, scale: Any) -> Tensor:
+    return ops.linear_w8a8(*coded, packed, scale, dtype="bfloat16")
 
 
 class SideBranch(nn.Module):
     """scale · factor · up (down x), to be added to what a Linear makes of x: see `add_lora_`.
 
-    Beside a QuantizedLinear x comes as that layer's codes, and `down` is coded as its weight is.
+    Beside a QuantizedLinear x comes as that layer's codes, `down` is coded as its weight is, and `up`, [rank, out_features], is
+    bfloat16.
     """
 
     def __init__(self, layer: nn.Linear | QuantizedLinear, down: Tensor, up: Tensor, scale: float, factor: float) -> None:
         super().__init__()
+        coded = isinstance(layer, QuantizedLinear)
         where = layer.packed if isinstance(layer, QuantizedLinear) else layer.weight
         dtype = torch.float32 if layer.bias is None else layer.bias.dtype
         linear = nn.Linear(layer.in_features, len(down), bias=False, device="meta")
         linear.weight = nn.Parameter(down.to(where.device, torch.float32), requires_grad=False)
         self.down = QuantizedLinear.of(linear, **layer.coding) if isinstance(layer, QuantizedLinear) else linear.to(dtype)
-        self.up = nn.Parameter(up.to(where.device, dtype), requires_grad=False)
-        self.scale, self.factor = scale, factor
+        up = up.t().to(where.device, torch.bfloat16 if coded else dtype)
+        self.register_buffer("up", up.contiguous())
+        self.coded, self.scale, self.factor = coded, scale, factor
+
+    up: Tensor
 
     @property
     def rank(self) -> int:
-        return self.up.shape[1]
+        return self.up.shape[0]
 
     @property
     def alpha(self) -> float:
         """What up (down x) is multiplied by."""
         return self.scale * self.factor
 
-    def forward(self, coded: Sequence[Tensor], y: Tensor, outputs: tuple[int, int | None]) -> Tensor:
-        """y [..., N], contiguous, of some outputs of a QuantizedLinear, with this added in place."""
-        h = self.down.from_codes(coded, y.dtype)  # type: ignore[operator]
-        up = self.up[slice(*outputs)].to(y.dtype)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), up.t(), alpha=self.alpha)
-        return y
+    def low(self, coded: Sequence[Tensor]) -> Tensor:
+        """alpha · down x, of a QuantizedLinear's codes of x."""
+        return _down(coded, self.down.packed, self.down.weight_scale * self.alpha)  # type: ignore[arg-type, operator]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SideBranch:
+        up = self.up
+        super()._apply(fn, recurse)
+        if self.coded and self.up.dtype != up.dtype:
+            self.up = up.to(self.up.device)
+        return self

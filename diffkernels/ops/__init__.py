@@ -7,6 +7,7 @@ from .decode_attention import decode_attention
 from .depthwise_conv2d import depthwise_conv2d
 from .gate_residual_norm import gate_residual_norm
 from .geglu import geglu
+from .linear_w4a8_lowrank import code_w4, linear_w4a8_lowrank, pack_w4, unpack_w4
 from .linear_w8a8 import linear_w8a8, pack_w8, unpack_w8
 from .norm_backward import norm_backward
 from .norm_modulate import norm_modulate
@@ -23,14 +24,17 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_forward",
+    "code_w4",
     "decode_attention",
     "depthwise_conv2d",
     "gate_residual_norm",
     "geglu",
+    "linear_w4a8_lowrank",
     "linear_w8a8",
     "norm_backward",
     "norm_modulate",
     "norm_quantize",
+    "pack_w4",
     "pack_w8",
     "qkv_prep",
     "row_abs_quantile",
@@ -39,5 +43,6 @@ __all__ = [
     "solver_step",
     "td_params",
     "td_params_backward",
+    "unpack_w4",
     "unpack_w8",
 ]

@@ -8,12 +8,8 @@ from torch import Tensor
 
 from .._case import Case
 from .._op import op
-from . import _broadcast, _norm
-from .act_quantize import PLAIN as ACTIVATIONS
-
-COLUMNS, DEPTH = 64, 4  # of a packed panel: outputs side by side, and consecutive inputs of each
-MOST = (2**31 - 1) // 128**2  # inputs whose products always fit into 32 bits
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from . import _linear
+from ._linear import COLUMNS, DEPTH, DTYPES
 
 
 def pack_w8(codes: Tensor) -> Tensor:
@@ -37,52 +33,13 @@ def unpack_w8(packed: Tensor, n: int, k: int) -> Tensor:
     return (rows.to(torch.int16) - 128).to(torch.int8)
 
 
-def _check(x, x_scale, weight, weight_scale, bias, gate, residual, activation, dtype):  # type: ignore[no-untyped-def]
-    if x.dtype != torch.int8:
-        raise TypeError(f"x: expected int8 codes, got {x.dtype}")
-    if weight.dtype != torch.uint8:
-        raise TypeError(f"weight: expected uint8, as pack_w8 returns it, got {weight.dtype}")
-    if x.ndim < 1 or not x.shape[-1] <= MOST:
-        raise ValueError(f"x: expected [..., K] with K up to {MOST}, got shape {list(x.shape)}")
-    for name, t in (("x_scale", x_scale), ("weight_scale", weight_scale)):
-        if t.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}: expected float32, got {t.dtype}")
-    if x_scale.shape != x.shape[:-1]:
-        raise ValueError(f"x_scale: expected one a row of x, {list(x.shape[:-1])}, got shape {list(x_scale.shape)}")
-    if weight_scale.ndim != 1:
-        raise ValueError(f"weight_scale: expected [N], got shape {list(weight_scale.shape)}")
-    n, k = weight_scale.shape[0], x.shape[-1]
-    packed = (-(-n // COLUMNS), -(-k // DEPTH), COLUMNS, DEPTH)
-    if tuple(weight.shape) != packed:
-        raise ValueError(f"weight: expected {list(packed)}, pack_w8 of [{n}, {k}], got shape {list(weight.shape)}")
-    out = x.new_empty((*x.shape[:-1], n), device="meta")
-    for name, t in (("bias", bias), ("gate", gate), ("residual", residual)):
-        if t is None:
-            continue
-        if t.dtype not in _norm.FLOATS:
-            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
-        if name == "bias" and tuple(t.shape) != (n,):
-            raise ValueError(f"bias: expected [{n}], got shape {list(t.shape)}")
-        if name == "gate" and not _broadcast.matches(t, out):
-            raise ValueError(f"gate: expected {_broadcast.expected(out)}, got shape {list(t.shape)}")
-        if name == "residual" and t.shape != out.shape:
-            raise ValueError(f"residual: expected the result's shape {list(out.shape)}, got {list(t.shape)}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+def _check(x, x_scale, weight, weight_scale, bias, low, up, gate, residual, activation, dtype):  # type: ignore[no-untyped-def]
+    _linear.check(x, x_scale, weight_scale, bias, low, up, gate, residual, activation, dtype)
+    _linear.check_packed(weight, weight_scale.shape[0], x.shape[-1], DEPTH, "pack_w8")
 
 
-def _allocate(x, x_scale, weight, weight_scale, bias, gate, residual, activation, dtype):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=_result(x_scale, dtype))
-
-
-def _result(x_scale, dtype):  # type: ignore[no-untyped-def]
-    return torch.float64 if x_scale.dtype == torch.float64 else DTYPES[dtype]
-
-
-def _name(draw):  # type: ignore[no-untyped-def]
-    return str(draw.dtype).removeprefix("torch.") if draw.dtype in DTYPES.values() else "float32"
+def _allocate(x, x_scale, weight, weight_scale, bias, low, up, gate, residual, activation, dtype):  # type: ignore[no-untyped-def]
+    return _linear.allocate(x, x_scale, weight_scale, dtype)
 
 
 def _packed(draw, n, k):  # type: ignore[no-untyped-def]
@@ -97,7 +54,7 @@ def _drawn(draw, *shape, n=0, **more):  # type: ignore[no-untyped-def]
         "x_scale": draw.f32(*shape[:-1]).abs() / 73,
         "weight": _packed(draw, n, shape[-1]),
         "weight_scale": draw.f32(n).abs() / (73 * max(1, shape[-1]) ** 0.5),
-        "dtype": _name(draw),
+        "dtype": _linear.named(draw),
         **more,
     }
 
@@ -118,19 +75,7 @@ def _flops(m, k, n):  # type: ignore[no-untyped-def]
 
 
 def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
-    lead = [pick.size(4, 0), pick.size(40, 0)][pick.randrange(3) :]
-    k, n = pick.size(700, 0), pick.size(300, 0)
-    gates = [(n,), *(((*lead[:1], n),) if len(lead) == 2 else ())]
-    return _drawn(
-        draw,
-        *lead,
-        k,
-        n=n,
-        bias=pick.maybe(lambda: pick.choice((draw, draw.f32))(n)),
-        gate=pick.maybe(lambda: draw(*pick.choice(gates))),
-        residual=pick.maybe(lambda: pick.choice((draw, draw.f32))(*lead, n)),
-        activation=pick.choice(tuple(ACTIVATIONS)),
-    )
+    return _linear.fuzzed(draw, pick, _drawn)
 
 
 @op(
@@ -147,6 +92,15 @@ def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
         Case("gated", lambda d: _drawn(d, 2, 9, 40, n=65, bias=d(65), gate=d(2, 65), residual=d(2, 9, 65))),
         Case("mixed", lambda d: _drawn(d, 2, 6, 17, n=20, gate=d.f32(2, 6, 20), residual=d.f32(2, 6, 20))),
         Case("chunk", lambda d: _drawn(d, 2, 4, 24, n=32, gate=d(2, 6 * 32).chunk(6, dim=-1)[5])),
+        Case(
+            "low-rank",
+            lambda d: _drawn(d, 37, 70, n=70, bias=d(70), activation="gelu_tanh", **_linear.low_rank(d, 37, r=33, n=70)),
+        ),
+        Case(
+            "low-rank-gated",
+            lambda d: _drawn(d, 2, 9, 40, n=65, gate=d(2, 65), residual=d(2, 9, 65), **_linear.low_rank(d, 2, 9, r=5, n=65)),
+        ),
+        Case("rank-0", lambda d: _drawn(d, 3, 16, n=8, **_linear.low_rank(d, 3, r=0, n=8))),
         Case("vector", lambda d: _drawn(d, 31, n=3)),
         Case("one", lambda d: _drawn(d, 1, 1, n=1)),
         Case("deep", lambda d: _drawn(d, 2, 4611, n=7)),
@@ -180,12 +134,14 @@ def linear_w8a8(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None = None,
+    low: Tensor | None = None,
+    up: Tensor | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
     dtype: str = "bfloat16",
 ) -> Tensor:
-    """activation(x Wᵀ · x_scale · weight_scale + bias) · gate + residual, of int8 codes; the sums of products are exact.
+    """activation(x Wᵀ · x_scale · weight_scale + bias + low up) · gate + residual, of int8 codes, whose sums are exact.
 
     Args:
         x: int8 codes [..., K], any strides, K up to 131 071: a row's products fit into 32 bits.
@@ -193,8 +149,10 @@ def linear_w8a8(
         weight: uint8 [⌈N/64⌉, ⌈K/4⌉, 64, 4], what `pack_w8` makes of int8 codes [N, K].
         weight_scale: float32 [N], one an output.
         bias: [N].
+        low, up: [..., R] and [R, N], together or not at all: a low-rank branch, what of x it passed down to R columns, and the
+            way up again (LoRA, SVDQuant). Their product is summed in float32.
         gate: [N] shared, [B, N] per sample, [B, S, N] per token, or [B, F, 1, N] per frame, as `norm_modulate`'s operands.
-        residual: [..., N]; bias, gate and residual are float32, float16 or bfloat16.
+        residual: [..., N]; bias, low, up, gate and residual are float32, float16 or bfloat16.
         activation: "none", "gelu", "gelu_tanh" or "silu".
         dtype: the result's, "float32", "float16" or "bfloat16".
 
@@ -208,13 +166,4 @@ def linear_w8a8(
     """
     n, k = weight_scale.shape[0], x.shape[-1]
     codes = unpack_w8(weight, n, k)
-    h = (x.double() @ codes.double().T).to(torch.promote_types(x_scale.dtype, torch.float32))  # exact, then rounded once
-    h = h * x_scale.unsqueeze(-1) * weight_scale
-    if bias is not None:
-        h = h + bias.to(h.dtype)
-    h = ACTIVATIONS[activation](h)
-    if gate is not None:
-        h = h * _broadcast.align(gate, h).to(h.dtype)
-    if residual is not None:
-        h = h + residual.to(h.dtype)
-    return h.to(_result(x_scale, dtype))
+    return _linear.define(codes, x, x_scale, weight_scale, bias, low, up, gate, residual, activation, dtype)
