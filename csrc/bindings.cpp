@@ -27,7 +27,7 @@ constexpr int kMaxParams = 32, kMaxViews = 64, kMaxDims = 8;
 struct Torch {
     const dlpack::ExchangeAPI* api = nullptr;  // null: the attributes of the Python object are read instead
     py::object describe, stream, threads, scratch, tensor, parameter, is_neg, grad_enabled, forward_ad, requires_grad,
-        dual_level;
+        dual_level, forced, alike, empty_like;
     std::vector<py::object> modes;  // callables, each falsy while no mode, transform or tracer is in force
 };
 Torch* torch = nullptr;  // leaked on purpose: the interpreter may go first
@@ -206,11 +206,12 @@ const char* Frame::run(const Entry& e, PyObject* out) {
 struct Plain {
     Frame& frame;
     bool grad = false;
+    descrgetfunc get = Py_TYPE(torch->requires_grad.ptr())->tp_descr_get;  // the attribute without the search for its name
 
     bool value(PyObject* a) {
         const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(a));
         if (type == torch->tensor.ptr() || type == torch->parameter.ptr()) {
-            if (!frame.see(a) || (grad && py::getattr(a, torch->requires_grad).ptr() == Py_True)) return false;
+            if (!frame.see(a) || (grad && owned(get(torch->requires_grad.ptr(), a, nullptr)).ptr() == Py_True)) return false;
             return owned(PyObject_CallOneArg(torch->is_neg.ptr(), a)).ptr() == Py_False;
         }
         if (PyList_CheckExact(a) || PyTuple_CheckExact(a)) {
@@ -225,7 +226,8 @@ struct Plain {
             const py::object set = owned(PyObject_CallNoArgs(mode.ptr()));
             if (!set.is_none() && PyObject_IsTrue(set.ptr()) != 0) return false;
         }
-        if (PyLong_AsLong(py::getattr(torch->forward_ad, torch->dual_level).ptr()) >= 0) return false;
+        PyObject* level = PyDict_GetItemWithError(torch->forward_ad.ptr(), torch->dual_level.ptr());
+        if (!level || PyLong_AsLong(level) >= 0) return false;
         grad = owned(PyObject_CallNoArgs(torch->grad_enabled.ptr())).ptr() == Py_True;
         for (Py_ssize_t i = 0; i < count; ++i)
             if (!value(args[i])) return false;
@@ -275,18 +277,23 @@ PyObject* invoke(PyObject* entry, PyObject* const* args, Py_ssize_t n) {
     });
 }
 
-// attempt(first, allocate, arguments...): the outputs, where the call is plain and first[device] takes it; else the device
-// type (DLPack's) of a plain call, or 0. Everything that an eager call needs, in one crossing.
+// attempt(first, allocate, arguments...): the outputs, where the call is plain, no rung is forced and first[device] takes it;
+// else the device type (DLPack's) of a plain call, or 0. Everything that an eager call needs, in one crossing.
 PyObject* attempt(PyObject*, PyObject* const* args, Py_ssize_t n) {
     return translated([&]() -> py::object {
         PyObject *first = args[0], *allocate = args[1], *const *given = args + 2;
         Frame frame;
         if (!Plain{frame}.call(given, n - 2) || frame.device.type == 0) return py::int_(0);
         py::object device = py::int_(frame.device.type);
+        PyObject* forced = nullptr;
+        if (PyContextVar_Get(torch->forced.ptr(), nullptr, &forced) != 0) throw py::error_already_set();
+        if (!owned(forced).is_none()) return device;
         const py::object kernel = owned(PyObject_GetItem(first, device.ptr()));
         const Entry* e = entry_of(kernel.ptr());
         if (kernel.is_none() || (e && (n - 1 != e->count || frame.arguments(*e, given)))) return device;
-        py::object out = owned(PyObject_Vectorcall(allocate, given, static_cast<size_t>(n - 2), nullptr));
+        const bool alike = allocate == torch->alike.ptr() && frame.held[0] == given[0] && frame.views[0].contiguous();
+        py::object out = owned(alike ? PyObject_CallOneArg(torch->empty_like.ptr(), given[0])
+                                     : PyObject_Vectorcall(allocate, given, static_cast<size_t>(n - 2), nullptr));
         if (e) return frame.run(*e, out.ptr()) ? device : out;
         std::vector<PyObject*> all(given - 1, given + n - 2);
         all[0] = out.ptr();
@@ -304,7 +311,8 @@ void init(const py::object& api, py::dict o) {
     t->describe = o["describe"], t->stream = o["stream"], t->threads = o["threads"], t->scratch = o["scratch"],
     t->tensor = o["tensor"], t->parameter = o["parameter"];
     t->grad_enabled = o["grad_enabled"], t->forward_ad = o["forward_ad"], t->is_neg = t->tensor.attr("is_neg");
-    t->requires_grad = py::str("requires_grad"), t->dual_level = py::str("_current_level");
+    t->requires_grad = t->tensor.attr("requires_grad"), t->dual_level = py::str("_current_level");
+    t->forced = o["forced"], t->alike = o["alike"], t->empty_like = o["empty_like"];
     for (py::handle mode : o["modes"]) t->modes.push_back(py::reinterpret_borrow<py::object>(mode));
     torch = t;
 }

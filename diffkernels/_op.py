@@ -32,7 +32,6 @@ _REAL = (float, int, torch.SymFloat)
 _PYTHON = {"int": (int, torch.SymInt), "float": _REAL, "float?": (*_REAL, type(None)), "str": (str,), "bool": (bool,)}
 _DEVICES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
 _CODES = {torch.bfloat16: (4, 16), torch.int32: (0, 32), torch.int64: (0, 64), torch.int8: (0, 8), torch.bool: (6, 8)}
-_NOTHING = dict.fromkeys(_DEVICES)
 _library = torch.library.Library("diffkernels", "DEF")
 
 OPS: dict[str, Op] = {}
@@ -73,8 +72,6 @@ class Op:
         self.writes = tuple(self.names.index(name) for name in writes)
         self.differentiable = gradient and not writes
         self.optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-        defaults = tuple(self.optional.values())
-        self.tails = {len(self.names) - n: defaults[len(defaults) - n :] for n in range(len(defaults) + 1)}
         self.returns = _KINDS[str(self.signature.return_annotation)]
         self.gradient = _grad.Gradient(body, self.names)
         self.backward = self.gradient.declare
@@ -125,17 +122,9 @@ class Op:
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments in order, defaults filled in."""
-        if not kwargs and (tail := self.tails.get(len(args))) is not None:
-            return args + tail
-        rest = self.names[len(args) :]
-        given = self.optional | kwargs
-        try:
-            values = args + tuple([given.pop(name) for name in rest])
-        except KeyError:
-            given["missing"] = None
-        if given or len(args) > len(self.names):
-            self.signature.bind(*args, **kwargs)  # raises, in Python's own words
-        return values
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
 
     def device(self, args: tuple[Any, ...]) -> str:
         """The device type that chooses the ladder: the first tensor's."""
@@ -153,32 +142,32 @@ class Op:
         return self.allocate(*args)
 
     def _wrap(self) -> Callable:
-        count, bind, overload, first = len(self.params), self.bind, self._overload, _First(self.name)
-        compiling, attempt, forced = torch.compiler.is_compiling, _C.attempt, _ladder.forced_rung.get
-
-        @functools.wraps(self.body)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if kwargs or len(args) != count:
-                args = bind(args, kwargs)
-            if not compiling():
-                try:
-                    out = attempt(first if forced() is None else _NOTHING, self.allocate, *args)
-                except Exception:
-                    self.check(*args)  # the allocator met what it can't: the check's words say what
-                    raise
-                if type(out) is not int:
-                    if self.writes:
-                        _writes.noted(self, args)
-                    return out
-                if out:  # plain, but forced or refused
-                    return _ladder.climb(self, _DEVICES[out], args)
-                self.check(*args)
-                if self._transformed():
-                    return self.reference(*args)
-            return overload(*args)
-
-        call.op = self  # type: ignore[attr-defined]
+        """A function of the body's own signature: Python binds its arguments faster than any code of ours."""
+        names = ", ".join(self.names)
+        out = f"_out if type(_out) is not int else _otherwise(_out, {names})"
+        if self.writes:
+            out = f"_noted({out}, {', '.join(self.names[i] for i in self.writes)})"
+        lines = (
+            f"def {self.name}({names}):",
+            f"    if _compiling(): return _overload({names})",
+            f"    try: _out = _attempt(_first, _op.allocate, {names})",
+            f"    except Exception: _op.check({names}); raise",  # the allocator met what it can't: the check's words say what
+            f"    return {out}",
+        )
+        # What the text names: underscored, so that no parameter hides it.
+        scope = {"_op": self, "_first": _First(self.name), "_otherwise": self._otherwise, "_overload": self._overload}
+        scope |= {"_attempt": _C.attempt, "_compiling": torch.compiler.is_dynamo_compiling, "_noted": _writes.noted}
+        exec("\n".join(lines), scope)
+        call: Any = functools.wraps(self.body)(scope[self.name])
+        call.__defaults__, call.op = self.body.__defaults__, self
         return call
+
+    def _otherwise(self, device: int, *args: Any) -> Any:
+        """What no kernel took at once: plain, on DLPack's device type, but forced or refused; or, with 0, not plain."""
+        if device:
+            return _ladder.climb(self, _DEVICES[device], args)
+        self.check(*args)
+        return self.reference(*args) if self._transformed() else self._overload(*args)
 
     def _transformed(self) -> bool:
         """Whether torch.func.grad is at work, which wants the body; vmap and forward mode, silently wrong else, raise."""
@@ -201,6 +190,11 @@ class Op:
 def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor of x's shape, dtype and device: what most allocators return, as fast as PyTorch gives it."""
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def alike(x: Tensor, *rest: Any) -> Tensor:
+    """The allocator of an op whose output is like its first argument: in an eager call the border knows what it would do."""
+    return empty_like(x)
 
 
 def op(
@@ -240,14 +234,17 @@ _C.init(
         "threads": torch.get_num_threads,
         "scratch": lambda size, device, index: torch.empty(size, dtype=torch.uint8, device=f"{_DEVICES[device]}:{index}"),
         "tensor": Tensor,
+        "alike": alike,
+        "empty_like": torch.empty_like,
+        "forced": _ladder.forced_rung,
         "parameter": torch.nn.Parameter,
         "grad_enabled": torch.is_grad_enabled,
-        "forward_ad": torch.autograd.forward_ad,
+        "forward_ad": vars(torch.autograd.forward_ad),
         "modes": [
             torch._C._len_torch_dispatch_stack,
             torch._C._len_torch_function_stack,
             torch._C._functorch.peek_interpreter_stack,
-            torch._C._get_tracing_state,
+            torch._C._is_tracing,
         ],
     },
 )

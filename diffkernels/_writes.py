@@ -18,14 +18,13 @@ def without_gradient(op: Op, *args: Any) -> Any:
         if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
             raise RuntimeError(f"{name}: {op.name} has no gradient: expected no tensor that requires one, or torch.no_grad()")
     with torch._C._AutoDispatchBelowAutograd():
-        out = op._overload(*args)
-    noted(op, args)
+        return noted(op._overload(*args), *[args[i] for i in op.writes])
+
+
+def noted(out: Any, *written: Tensor) -> Any:
+    """`out`; and autograd raises where it has saved what has been written to since."""
+    torch.autograd.graph.increment_version(written)
     return out
-
-
-def noted(op: Op, args: tuple[Any, ...]) -> None:
-    """Autograd raises where it has saved what has been written to since."""
-    torch.autograd.graph.increment_version([args[i] for i in op.writes])
 
 
 def copy(t: Tensor) -> Tensor:

@@ -436,7 +436,7 @@ MUTATIONS = [
     Mutation(
         "requires_grad ignored on the short way",
         "csrc/bindings.cpp",
-        "|| (grad && py::getattr(a, torch->requires_grad).ptr() == Py_True)",
+        "|| (grad && owned(get(torch->requires_grad.ptr(), a, nullptr)).ptr() == Py_True)",
         "",
         border("not_plain"),
     ),
@@ -464,9 +464,9 @@ MUTATIONS = [
     # the ladder and the op
     Mutation(
         "a forced rung ignored",
-        "diffkernels/_op.py",
-        "first if forced() is None else _NOTHING",
-        "first",
+        "csrc/bindings.cpp",
+        "if (!owned(forced).is_none()) return device;",
+        "",
         border("forced"),
     ),
     Mutation(

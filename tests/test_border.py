@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import itertools
 import logging
 import os
@@ -43,6 +45,38 @@ def test_plain_calls_take_the_short_way() -> None:
     x, scale, shift = norm_args(2, 3, 8)
     assert device_if_plain(x, scale, None, "layer", 1e-6, True, 3) == 1
     assert device_if_plain(torch.nn.Parameter(x, requires_grad=False), [scale, shift]) == 1
+
+
+def test_the_output_of_a_plain_call_is_its_own() -> None:
+    """Whoever allocates it: norm_modulate's is made in C++ where x is contiguous."""
+    x = torch.randn(2, 3, 8)
+    for given in (x, x.bfloat16(), torch.nn.Parameter(x, requires_grad=False), x.transpose(0, 1), x[:0], x.requires_grad_()):
+        with torch.no_grad():
+            before = sys.getrefcount(given)
+            y = ops.norm_modulate(given)
+        assert sys.getrefcount(given) == before and sys.getrefcount(y) == 2
+        assert type(y) is torch.Tensor and not y.requires_grad and y._base is None and y.is_contiguous()
+        assert (y.shape, y.dtype, y.device) == (given.shape, given.dtype, given.device)
+        y.resize_(99)  # of torch's own allocator
+    with torch.inference_mode():
+        assert ops.norm_modulate(x).is_inference()
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_a_function_is_its_bodys_own(op) -> None:
+    assert inspect.signature(op.call, follow_wrapped=False).parameters.keys() == op.signature.parameters.keys()
+    assert inspect.signature(op.call) == op.signature
+    assert (op.call.__name__, op.call.__doc__, op.call.__defaults__) == (op.name, op.body.__doc__, op.body.__defaults__)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if op.writes], ids=lambda op: op.name)
+@pytest.mark.parametrize("rung", [None, "cpu", "reference"])
+def test_what_is_written_to_has_a_new_version(op, rung) -> None:
+    args = op.bind((), op.cases[0].args(Draw(torch.float32)))
+    with contextlib.nullcontext() if rung is None else dk.rung(rung):
+        versions = [args[i]._version for i in op.writes]
+        op.call(*args)
+        assert all(args[i]._version > version for i, version in zip(op.writes, versions, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +367,7 @@ BAD = [
     ("norm_modulate", {"x": X, "eps": -1.0}, ValueError, "eps: expected a number >= 0, got -1.0"),
     ("norm_modulate", {"x": X, "eps": float("nan")}, ValueError, "eps: expected a number >= 0, got nan"),
     ("norm_modulate", {"x": X, "gamma": X}, TypeError, "unexpected keyword argument 'gamma'"),
-    ("norm_modulate", {}, TypeError, "missing a required argument: 'x'"),
+    ("norm_modulate", {}, TypeError, "missing 1 required positional argument: 'x'"),
     ("solver_step", STEP | {"outputs": X}, TypeError, "outputs: expected a list of tensors, got Tensor"),
     ("solver_step", STEP | {"outputs": []}, ValueError, "outputs: expected 1 to 4 model outputs, got 0"),
     ("solver_step", STEP | {"outputs": [X[:1]]}, ValueError, r"outputs\[0\]: expected x's shape"),

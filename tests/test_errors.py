@@ -294,15 +294,15 @@ def test_the_wrong_arguments(op) -> None:
     args = given(op, op.names[0])
     for name in op.names:
         if name not in op.optional:
-            with pytest.raises(TypeError, match=f"missing a required argument: '{name}'"):
+            with pytest.raises(TypeError, match=f"missing 1 required positional argument: '{name}'"):
                 op.call(**{k: v for k, v in args.items() if k != name})
     with pytest.raises(TypeError, match="unexpected keyword argument 'gamma_'"):
         op.call(**args, gamma_=1)
     with pytest.raises(TypeError, match=f"multiple values for argument '{op.names[0]}'"):
         op.call(args[op.names[0]], **args)
-    with pytest.raises(TypeError, match="too many positional arguments"):
+    with pytest.raises(TypeError, match=f"positional arguments? but {len(op.names) + 1} were given"):
         op.call(*args.values(), 1)
-    with pytest.raises(TypeError, match="missing a required argument"):
+    with pytest.raises(TypeError, match=r"missing [0-9]+ required positional argument"):
         op.call()
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._case import Case
-from .._op import empty_like, op
+from .._op import alike, op
 from . import _norm
 
 
@@ -21,10 +21,6 @@ def _check(x, weight, bias, residual):  # type: ignore[no-untyped-def]
         raise ValueError(f"weight: expected [{c}, 1, odd, odd], got {list(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (c,):
         raise ValueError(f"bias: expected [{c}], got {list(bias.shape)}")
-
-
-def _allocate(x, weight, bias, residual):  # type: ignore[no-untyped-def]
-    return empty_like(x)
 
 
 def _drawn(draw, b, h, w, c, k, bias=True, residual=True):  # type: ignore[no-untyped-def]
@@ -45,7 +41,7 @@ def _eager(x, weight, bias):  # type: ignore[no-untyped-def]
 
 
 @op(
-    allocate=_allocate,
+    allocate=alike,
     check=_check,
     fuzz=_fuzz,
     cases=[

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._case import Case
-from .._op import empty_like, op
+from .._op import alike, op
 from . import _norm
 
 
@@ -22,10 +22,6 @@ def _check(a, b, approximate):  # type: ignore[no-untyped-def]
         raise ValueError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")
 
 
-def _allocate(a, b, approximate):  # type: ignore[no-untyped-def]
-    return empty_like(a)
-
-
 def _drawn(draw, *shape):  # type: ignore[no-untyped-def]
     return {"a": draw(*shape), "b": draw(*shape)}
 
@@ -37,7 +33,7 @@ def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
 
 
 @op(
-    allocate=_allocate,
+    allocate=alike,
     check=_check,
     fuzz=_fuzz,
     cases=[

@@ -7,17 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._case import Case
-from .._op import empty_like, op
+from .._op import alike, op
 from . import _broadcast, _norm
 from .norm_backward import bits, norm_backward, unpack
 
 
 def _check(x, scale, shift, weight, bias, norm, eps, eps_mode):  # type: ignore[no-untyped-def]
     _norm.check(x, norm, eps, eps_mode, scale=scale, shift=shift, weight=weight, bias=bias)
-
-
-def _allocate(x, scale, shift, weight, bias, norm, eps, eps_mode):  # type: ignore[no-untyped-def]
-    return empty_like(x)
 
 
 def _eager(x, scale, shift):  # type: ignore[no-untyped-def]
@@ -48,7 +44,7 @@ def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
 
 
 @op(
-    allocate=_allocate,
+    allocate=alike,
     check=_check,
     fuzz=_fuzz,
     cases=[
