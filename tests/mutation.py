@@ -281,7 +281,7 @@ MUTATIONS = [
     Mutation(
         "the codes' offset left in the sums",
         "csrc/cpu/linear.h",
-        "bit_cast<I>(sum - static_cast<uint32_t>(t.offsets[r]))",
+        "bit_cast<I>(sum - static_cast<uint32_t>(row.offset))",
         "bit_cast<I>(sum)",
         kernel("linear_w8a8"),
     ),
@@ -293,10 +293,10 @@ MUTATIONS = [
         kernel("linear_w8a8"),
     ),
     Mutation(
-        "a row's scale taken from its tile's first",
+        "a row's scale taken from its block's first",
         "csrc/cpu/linear.h",
-        "c.scale_rows.offset<int64_t>(t.row + r)",
-        "c.scale_rows.offset<int64_t>(t.row)",
+        "c.scale_rows.offset<int64_t>(from + r)",
+        "c.scale_rows.offset<int64_t>(from)",
         kernel("linear_w8a8"),
     ),
     Mutation(

@@ -76,6 +76,13 @@ DK_INLINE U dot(U sum, U w, U x) {
 constexpr int kColumnsOfTile = kVectors * kWide;
 constexpr int kFewRows = kTiles ? kTileRows : kRowsOfTile == 4 ? 2 : kRowsOfTile / 3;  // of a tile that is not full
 constexpr int64_t kWordStep = kTiles ? kDepth : kRowsOfTile * kDepth;                  // where x's codes are laid out
+// What the epilogue wants to know of a row: found once, for divisions take longer than the rest of it.
+struct Known {
+    int64_t gate, residual;  // where theirs begin
+    float scale;
+    int32_t offset;  // 128 times the sum of its codes
+};
+
 struct Call {
     View y, x_scale;
     Rows x_rows, scale_rows, low_rows;
@@ -92,18 +99,20 @@ struct Call {
 
     int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
     int64_t blocks() const { return (rows + block - 1) / block; }
-    // A thread's room: x's codes, a panel, low's rows and up's panel, a sum a row.
+    // A thread's room: x's codes, a panel, low's rows and up's panel, what is known of a row.
     int64_t codes() const { return block * line * static_cast<int64_t>(sizeof(Code)); }
     int64_t low_room() const { return block * low_line * (narrow ? 2 : 4); }
     int64_t up_room() const { return low_line * kPanel * (narrow ? 2 : 4); }
-    int64_t room() const { return (codes() + panel_room + low_room() + up_room() + block * 4 + 63) / 64 * 64; }
+    int64_t room() const {
+        return (codes() + panel_room + low_room() + up_room() + block * static_cast<int64_t>(sizeof(Known)) + 63) / 64 * 64;
+    }
 };
 
 // A tile of sums, and how many of its rows have had their epilogue.
 struct Tile {
     const uint32_t* sums;
-    const float* added;      // low up, or nullptr
-    const int32_t* offsets;  // of its rows
+    const float* added;  // low up, or nullptr
+    const Known* known;
     const float *scale, *bias;
     int64_t row, column;
     int rows, columns, done;
@@ -120,8 +129,8 @@ struct Aside {
 };
 
 // x's rows from `from` on, [tile][word][row][4], or for matrix tiles [row][line], where past a row's words lies anything;
-// zeros past the last row; sums[r] = 128 * the sum of a row.
-void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, int32_t* sums) {
+// zeros past the last row; and what is to be known of each.
+void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, Known* known) {
     const int64_t tile = kRowsOfTile * c.line, row_step = kTiles ? c.line : kDepth;
     for (int64_t r = 0; r < (rows + kRowsOfTile - 1) / kRowsOfTile * kRowsOfTile; ++r) {
         Code* const row = to + r / kRowsOfTile * tile + r % kRowsOfTile * row_step;
@@ -148,7 +157,12 @@ void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, int32_t* sums)
                 sum += static_cast<uint32_t>(put(k, x ? x + k * kDepth * c.x_step : x, c.x_step, x ? kDepth : 0));
         if (whole < c.words)
             sum += static_cast<uint32_t>(put(whole, x ? x + whole * kDepth * c.x_step : x, c.x_step, x ? c.depth % kDepth : 0));
-        sums[r] = static_cast<int32_t>(128u * sum);
+        if (r >= rows) continue;
+        known[r].offset = static_cast<int32_t>(128u * sum);
+        std::memcpy(&known[r].scale, static_cast<const float*>(c.x_scale.data) + c.scale_rows.offset<int64_t>(from + r),
+                    sizeof(float));
+        known[r].gate = c.gate.present ? c.gate.rows.offset<int64_t>(from + r) : 0;
+        known[r].residual = c.residual.present ? c.residual.rows.offset<int64_t>(from + r) : 0;
     }
 }
 
@@ -268,22 +282,18 @@ __attribute__((noinline)) void finish(const Call& c, Tile& t, int rows) {
     const int end = t.rows - t.done < rows ? t.rows : t.done + rows;
     for (; t.done < end; ++t.done) {
         const int r = t.done;
-        float x_scale;
-        std::memcpy(&x_scale, static_cast<const float*>(c.x_scale.data) + c.scale_rows.offset<int64_t>(t.row + r),
-                    sizeof x_scale);
-        const int64_t gate = c.gate.present ? c.gate.rows.offset<int64_t>(t.row + r) : 0,
-                      residual = c.residual.present ? c.residual.rows.offset<int64_t>(t.row + r) : 0;
+        const Known& row = t.known[r];
         T* const to = static_cast<T*>(c.y.data) + (t.row + r) * c.columns + t.column;
         for (int i = 0; i < t.columns; i += kLanes) {
             const int n = t.columns - i < kLanes ? t.columns - i : kLanes;
             U sum;
             std::memcpy(&sum, t.sums + r * kColumnsOfTile + i, sizeof sum);
-            const F exact = __builtin_convertvector(bit_cast<I>(sum - static_cast<uint32_t>(t.offsets[r])), F);
-            F h = exact * x_scale * load(t.scale + i) + load(t.bias + i);
+            const F exact = __builtin_convertvector(bit_cast<I>(sum - static_cast<uint32_t>(row.offset)), F);
+            F h = exact * row.scale * load(t.scale + i) + load(t.bias + i);
             if (t.added) h += load(t.added + r * kColumnsOfTile + i);
             h = activated<kActivation>(h);
-            if (c.gate.present) h *= c.gate.load_at(gate, t.column + i, n);
-            if (c.residual.present) h += c.residual.load_at(residual, t.column + i, n);
+            if (c.gate.present) h *= c.gate.load_at(row.gate, t.column + i, n);
+            if (c.residual.present) h += c.residual.load_at(row.residual, t.column + i, n);
             h = quiet(h);
             if (n == kLanes)
                 store(to + i, h);
@@ -300,7 +310,7 @@ void run(const Call& c, const W& weight, int64_t thread, int64_t begin, int64_t 
     Code* const codes = reinterpret_cast<Code*>(mine);
     uint8_t* const unpacked = reinterpret_cast<uint8_t*>(mine + c.codes());
     char *const low = mine + c.codes() + c.panel_room, *const up = low + c.low_room();
-    int32_t* const offsets = reinterpret_cast<int32_t*>(up + c.up_room());
+    Known* const known = reinterpret_cast<Known*>(up + c.up_room());
     alignas(64) uint32_t sums[2][kRowsOfTile * kColumnsOfTile];
     alignas(64) float added[2][kRowsOfTile * kColumnsOfTile], scale[2][kPanel], bias[2][kPanel] = {};
     Tile waiting{};
@@ -315,7 +325,7 @@ void run(const Call& c, const W& weight, int64_t thread, int64_t begin, int64_t 
                                                    bias[cell % 2];  // the tile that waits may be of the panel before
         if (block != laid_out) {
             finish<T, kActivation>(c, waiting, kRowsOfTile);
-            lay_out(c, from, rows, codes, offsets);
+            lay_out(c, from, rows, codes, known);
             if (c.narrow)
                 lay_out_low(c, from, rows, reinterpret_cast<bf16*>(low));
             else if (c.rank)
@@ -344,11 +354,9 @@ void run(const Call& c, const W& weight, int64_t thread, int64_t begin, int64_t 
                 else if (c.rank)
                     branch(reinterpret_cast<float*>(low), reinterpret_cast<float*>(up) + j);
                 const int wide = static_cast<int>(columns - j < kColumnsOfTile ? columns - j : kColumnsOfTile);
-                waiting = {sums[side],  c.rank ? added[side] : nullptr,
-                           offsets + r, scales + j,
-                           biases + j,  from + r,
-                           first + j,   n,
-                           wide,        0};
+                waiting = {
+                    sums[side], c.rank ? added[side] : nullptr, known + r, scales + j, biases + j, from + r, first + j, n, wide,
+                    0};
                 if (!kTiles) finish<T, kActivation>(c, waiting, kRowsOfTile);
             }
     }

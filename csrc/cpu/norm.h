@@ -29,6 +29,11 @@ struct Operand {
         }
     }
     DK_INLINE F load_at(int64_t at, int64_t column, int n) const {
+        if (n == kLanes && view.step(-1) == 1) switch (view.dtype) {
+                case DType::f32: return load(static_cast<const float*>(view.data) + at + column);
+                case DType::f16: return load(static_cast<const f16*>(view.data) + at + column);
+                default: return load(static_cast<const bf16*>(view.data) + at + column);
+            }
         F out = {};
         if (n > 0) each(at, column, n, [&](int64_t, F v) __attribute__((always_inline)) { out = v; });
         return out;
