@@ -32,6 +32,7 @@ struct Weight {
                 const Halves twice = bit_cast<Halves>(scale * 0x00010001u);
                 const int64_t end = eights < (g + 1) * each ? eights : (g + 1) * each;
                 for (int64_t k = g * each; k < end; ++k) {
+                    prefetch(codes + (k + 2 * each) * kRow + j * kDepth, sizeof(U));
                     U both;
                     std::memcpy(&both, codes + k * kRow + j * kDepth, sizeof both);
                     const U lo = bit_cast<U>(bit_cast<Halves>(both & 0x0f0f0f0fu) * twice) + zero,
