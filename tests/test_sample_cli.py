@@ -104,14 +104,18 @@ def test_bundled_dimr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert describe(asset)["about"]["steps"] >= 4000
 
 
+@pytest.mark.parametrize("kind", ["int8", "w4a8_lowrank"])
 @pytest.mark.parametrize(("model", "fused"), [("digits", "4 DiTBlock"), ("dimr", "GegluMlp")])
-def test_quantized_it_says_what_was_fused(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, fused: str) -> None:
+def test_quantized_it_says_what_was_fused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, fused: str, kind: str
+) -> None:
     out = tmp_path / "q.png"
-    assert call("--model", model, "--quantize", "int8", "--out", str(out), "--steps", "1", "--per-class", "1") == 0
+    assert call("--model", model, "--quantize", kind, "--out", str(out), "--steps", "1", "--per-class", "1") == 0
     told = capsys.readouterr().out
-    assert "int8: " in told and fused in told and "linear_w8a8" in told and "geglu " not in told
+    assert f"{kind}: " in told and fused in told and "linear_w8a8" in told and "geglu " not in told
+    assert ("linear_w4a8_lowrank" in told) == (kind == "w4a8_lowrank")
     with Image.open(out) as image:
-        assert json.loads(image.info["diffkernels"])["quantize"] == "int8"
+        assert json.loads(image.info["diffkernels"])["quantize"] == kind
 
 
 def test_bundled_digits_are_read_as_meant() -> None:

@@ -76,6 +76,7 @@ DK_INLINE U dot(U sum, U w, U x) {
 constexpr int kColumnsOfTile = kVectors * kWide;
 constexpr int kFewRows = kTiles ? kTileRows : kRowsOfTile == 4 ? 2 : kRowsOfTile / 3;  // of a tile that is not full
 constexpr int64_t kWordStep = kTiles ? kDepth : kRowsOfTile * kDepth;                  // where x's codes are laid out
+
 // What the epilogue wants to know of a row: found once, for divisions take longer than the rest of it.
 struct Known {
     int64_t gate, residual;  // where theirs begin
@@ -321,8 +322,8 @@ void run(const Call& c, const W& weight, int64_t thread, int64_t begin, int64_t 
         const int64_t block = cell / c.panels(), panel = cell % c.panels(), from = block * c.block, first = panel * kPanel;
         const int64_t rows = c.rows - from < c.block ? c.rows - from : c.block;
         const int64_t columns = c.columns - first < kPanel ? c.columns - first : kPanel;
-        float *const scales = scale[cell % 2], *const biases =
-                                                   bias[cell % 2];  // the tile that waits may be of the panel before
+        // The tile that waits may be of the panel before.
+        float *const scales = scale[cell % 2], *const biases = bias[cell % 2];
         if (block != laid_out) {
             finish<T, kActivation>(c, waiting, kRowsOfTile);
             lay_out(c, from, rows, codes, known);

@@ -61,7 +61,7 @@ def register(subparsers: Any) -> None:
     """Adds the subcommand to argparse's `subparsers`; its namespace holds `run`."""
     parser = subparsers.add_parser("sample", help="make pictures with a small diffusion model", description=__doc__)
     parser.add_argument("--model", default="digits", help=f"{', '.join(BUNDLED)}, or a .safetensors file (default: digits)")
-    parser.add_argument("--quantize", choices=RECIPES, help="the model's Linear layers in 8 bits (default: as they are)")
+    parser.add_argument("--quantize", choices=RECIPES, help="the model's Linear layers as codes (default: as they are)")
     parser.add_argument("--solver", default="dpmpp_2m", choices=[*SOLVERS, ADAPTIVE], help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default: %(default)s)")
     parser.add_argument(
@@ -322,7 +322,8 @@ def _evaluate(
 
 
 def _ops(model: DiT | DiMR, args: argparse.Namespace) -> tuple[str, ...]:
-    return (OPS_IN_CODES if args.quantize else OPS)[type(model)]
+    ops = (OPS_IN_CODES if args.quantize else OPS)[type(model)]
+    return ops if args.quantize != "w4a8_lowrank" else (*ops, "linear_w4a8_lowrank")
 
 
 def _steps(args: argparse.Namespace) -> str:
