@@ -493,7 +493,7 @@ SMALL = {"num_classes": 10, "patch_size": 4, "hidden_size": 256, "num_heads": 4,
         ("activations", {"smooth": lambda found: found(torch.randn(2, 4, 32, 32).bfloat16(), *inputs()[1:])}, 27),
         ("weights", {"kind": "w4a8_lowrank"}, 21),
         ("shared", {"kind": "w4a8_lowrank"}, 21),
-        ("activations", {"kind": "w4a8_lowrank"}, 21),
+        ("activations", {"kind": "w4a8_lowrank", "rotate": 256}, 21),
     ],
 )
 def test_pictures_are_those_of_float32(name, config, outliers, how, least) -> None:
