@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,15 @@ from .nn.quantized import QuantizedLinear
 from .ops._quantize import ROTATIONS
 from .ops.linear_w4a8_lowrank import GROUPS
 
-RECIPES = ("int8", "w4a8_lowrank")
+KINDS = ("int8", "w4a8_lowrank")
+RECIPES = (*KINDS, "auto")
 # The first and the last layers and the modulations: few of a model's products, much of its error (Q-DiT, ViDiT-Q).
 # DiMR reads the weights of its upsampling and its long skips: they would be unpacked in every call.
 SENSITIVE = ("*embed*", "*adaLN*", "*norm*.linear", "final_layer*", "proj_out*", "*upsample*", "*skip_dense*")
+
+# 16-bit operations that a machine does while it moves a byte: an H100 about 300, two cores with matrix tiles 120 to 200.
+BALANCE = {"cuda": 300.0, "cpu": 150.0}
+LEAST_SQNR = 30.0  # dB: with less, a weight's rounding is most of the error that 8 bits make
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Recipe:
     `kind`: "int8", codes of one scale an output for the weight and one a row, found in each call, for the input; or
     "w4a8_lowrank", codes of 4 bits for the weight, with a scale for each `group` of 64 or 128 inputs, and beside them a branch
     of `rank` columns that holds what they lose most of (SVDQuant): a bit more than half the bytes, and less exact.
+    "auto" is "int8" where that pays: a layer stays as it is where `predicted_gain` at `rows` rows, a call's samples times
+    tokens, is no more than 1; it is rotated where its weight's SQNR is under 30 dB, and stays where that does not help.
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
     `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights smaller than this stay: their products
     take less time than the codes.
@@ -35,7 +42,8 @@ class Recipe:
     in either (SmoothQuant, alpha = 1/2), but for layers that it does not call.
     `rotate`: 0, or 64, 128 or 256 columns that are mixed in weight and input alike, as many as divide a layer's, down to 64:
     for activations with a few large columns, of which the weights know nothing.
-    Raises ValueError for an unknown kind, `smooth`, `rotate` or `group`, or a `min_elements` or `rank` below 0.
+    Raises ValueError for an unknown kind, `smooth`, `rotate` or `group`, a `min_elements` or `rank` below 0, or
+    `rows` below 1.
     """
 
     kind: str = "int8"
@@ -46,10 +54,13 @@ class Recipe:
     rotate: int = 0
     group: int = 64
     rank: int = 32
+    rows: int = 1024
 
     def __post_init__(self) -> None:
         if self.kind not in RECIPES:
             raise ValueError(f"kind: expected one of {', '.join(RECIPES)}, got {self.kind!r}")
+        if self.rows < 1:
+            raise ValueError(f"rows: expected 1 or more, got {self.rows}")
         for name in ("min_elements", "rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -84,13 +95,25 @@ class Recipe:
             return f"fewer than {self.min_elements} weights"
         if not layer.weight.isfinite().all():
             return "its weight is not finite"
+        if self.kind == "auto" and (gain := predicted_gain(layer, self)) <= 1:
+            return f"no gain: {gain:.2f} times as fast, as predicted for {self.rows} rows"
         return None
+
+    def coded(self, layer: nn.Linear, smooth: Tensor | None = None) -> QuantizedLinear:
+        """What takes a layer's place."""
+        rotate, how = self.columns(layer.in_features), {}
+        if self.kind == "w4a8_lowrank":
+            how = {"bits": 4, "group": self.group, "rank": self.rank}
+        made = QuantizedLinear.of(layer, smooth, rotate, **how)
+        if self.kind == "auto" and not rotate and sqnr(layer.weight, made.weight) < LEAST_SQNR:
+            made = QuantizedLinear.of(layer, smooth, replace(self, rotate=max(ROTATIONS)).columns(layer.in_features))
+        return made
 
 
 @dataclass(frozen=True)
 class Layer:
     """One line of a `Report`: `sqnr`, dB, is the weight's power over that of its rounding; bytes are the weight's; of `rotate`
-    columns each is mixed."""
+    columns each is mixed; `gain` is `predicted_gain`'s."""
 
     name: str
     kind: str | None
@@ -100,6 +123,7 @@ class Layer:
     sqnr: float = math.nan
     rotate: int = 0
     reason: str | None = None
+    gain: float = math.nan
 
 
 @dataclass
@@ -116,11 +140,13 @@ class Report:
         wide = max([len("layer"), *(len(layer.name) for layer in self.layers)])
         kinds = [f"{layer.kind or '–'}{f' H{layer.rotate}' if layer.rotate else ''}" for layer in self.layers]
         kind = max(9, *map(len, kinds)) if kinds else 9
-        rows = [f"{'layer':<{wide}}  {'weight':>14}  {'recipe':<{kind}}  {'SQNR':>7}  why not"]
+        rows = [f"{'layer':<{wide}}  {'weight':>14}  {'recipe':<{kind}}  {'SQNR':>7}  {'gain':>5}  why not"]
         for layer, text in zip(self.layers, kinds, strict=True):
             shape = "×".join(map(str, layer.shape))
             sqnr = "" if layer.kind is None else f"{layer.sqnr:.1f} dB"
-            rows.append(f"{layer.name:<{wide}}  {shape:>14}  {text:<{kind}}  {sqnr:>7}  {layer.reason or ''}".rstrip())
+            gain = "" if layer.kind is None else f"{layer.gain:.2f}×"
+            row = f"{layer.name:<{wide}}  {shape:>14}  {text:<{kind}}  {sqnr:>7}  {gain:>5}  {layer.reason or ''}"
+            rows.append(row.rstrip())
         before, after = (sum(getattr(layer, when) for layer in self.layers) for when in ("before", "after"))
         rows.append(f"{len(self.quantized)} of {len(self.layers)} layers; weights {before / 1e6:.2f} -> {after / 1e6:.2f} MB")
         return "\n".join(rows)
@@ -161,14 +187,35 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
             continue
         assert isinstance(layer, nn.Linear)
         smooth = shared(layer.weight, seen.get(layer)) if recipe.smooth == "weight" or layer in seen else None
-        how = {} if recipe.kind == "int8" else {"bits": 4, "group": recipe.group, "rank": recipe.rank}
-        made[layer] = new = QuantizedLinear.of(layer, smooth, recipe.columns(layer.in_features), **how)
-        report.layers.append(Layer(name, recipe.kind, shape, size, new.nbytes, sqnr(layer.weight, new.weight), new.rotate))
+        new, gain = recipe.coded(layer, smooth), predicted_gain(layer, recipe)
+        found = sqnr(layer.weight, new.weight)
+        if recipe.kind == "auto" and found < LEAST_SQNR:
+            why = f"its weight in 8 bits has an SQNR of {found:.1f} dB, under {LEAST_SQNR:g}"
+            report.layers.append(Layer(name, None, shape, size, size, reason=why))
+            continue
+        made[layer], kind = new, KINDS[0] if recipe.kind == "auto" else recipe.kind
+        report.layers.append(Layer(name, kind, shape, size, new.nbytes, found, new.rotate, gain=gain))
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children gives a layer of two names once
             if child in made:
                 setattr(parent, name, made[child])
     return report
+
+
+def predicted_gain(layer: nn.Linear, recipe: Recipe) -> float:
+    """How many times as fast as in 16 bits a layer of codes is at `recipe.rows` rows, both as fast as a roofline lets them be.
+
+    A byte of memory takes the time of `BALANCE` operations in 16 bits, or of twice as many in 8. The input is coded in a pass
+    of its own, which `fuse_` takes away again: with it the gain is larger.
+    """
+    (n, k), m = layer.weight.shape, recipe.rows
+    balance, four = BALANCE.get(layer.weight.device.type, BALANCE["cpu"]), recipe.kind == "w4a8_lowrank"
+    wide = max(2 * m * n * k / balance, 2 * (n * k + m * k + m * n))
+    r = min(recipe.rank, n, k) if four else 0
+    weight = n * k / 2 + n * k / recipe.group + r * (k + 2 * n) if four else n * k
+    operations = m * (n + r) * k + 2 * m * n * r  # in 16 bits' time: two in 8 bits take that of one
+    narrow = max(operations / balance, weight + m * k + 2 * m * n) + 3 * m * k
+    return wide / narrow
 
 
 def shared(weight: Tensor, seen: Tensor | None = None) -> Tensor:

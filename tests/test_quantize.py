@@ -16,7 +16,7 @@ from diffkernels import ops
 from diffkernels._case import Draw
 from diffkernels.models import CheckpointError, dit
 from diffkernels.nn import QuantizedLinear
-from diffkernels.quantize import Recipe, quantize_, shared, sqnr
+from diffkernels.quantize import Recipe, predicted_gain, quantize_, shared, sqnr
 
 
 def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -266,7 +266,7 @@ def test_the_report_has_every_layer_and_the_reason() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got int"):
         quantize_(3)
-    with pytest.raises(ValueError, match="kind: expected one of int8, w4a8_lowrank, got 'int3'"):
+    with pytest.raises(ValueError, match="kind: expected one of int8, w4a8_lowrank, auto, got 'int3'"):
         quantize_(nn.Linear(2, 2), "int3")
     with pytest.raises(TypeError, match="recipe: expected a Recipe or a kind's name, got int"):
         quantize_(nn.Linear(2, 2), 8)
@@ -383,6 +383,36 @@ def test_a_recipe_rotates_as_many_columns_as_divide_a_layers() -> None:
     assert [line.rotate for line in report.layers] == [layer.rotate for layer in model] == [256, 128, 64, 0]
     assert "int8 H128 " in str(report) and "int8       " in str(report)
     assert [Recipe(rotate=64).columns(n) for n in (512, 96)] == [64, 0]
+
+
+def test_auto_leaves_alone_what_would_lose_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(k, n) for k, n in ((1152, 16), (512, 512), (512, 512), (200, 4096), (512, 2048))))
+    for layer in (model[1], model[3]):
+        layer.weight[:, 3] *= 200  # a rotation mends it; no group of 64 divides 200 columns
+    report = quantize_(model, Recipe("auto"))
+    assert [line.kind for line in report.layers] == [None, "int8", "int8", None, "int8"]
+    assert [layer.rotate for layer in report.layers] == [0, 256, 0, 0, 0]
+    assert all(line.sqnr > 30 and 1 < line.gain < 2 for line in report.quantized)
+    slow, _, _, rough, _ = (line.reason for line in report.layers)
+    assert slow.startswith("no gain: 0.5") and slow.endswith("times as fast, as predicted for 1024 rows")
+    assert rough.startswith("its weight in 8 bits has an SQNR of") and rough.endswith("dB, under 30")
+    assert type(model[0]) is type(model[3]) is nn.Linear and f"{report.layers[2].gain:.2f}×" in str(report)
+    assert [line.kind for line in quantize_(nn.Sequential(nn.Linear(1152, 16)), Recipe("auto", rows=2)).layers] == ["int8"]
+    with pytest.raises(ValueError, match="rows: expected 1 or more, got 0"):
+        Recipe("auto", rows=0)
+
+
+def test_the_predicted_gain_is_a_rooflines() -> None:
+    wide, tall = (nn.Linear(k, n, device="meta") for k, n in ((8192, 8192), (8192, 64)))
+    assert predicted_gain(wide, Recipe(rows=2**20)) == pytest.approx(2, rel=0.06)  # bound by arithmetic
+    assert predicted_gain(wide, Recipe(rows=1)) == pytest.approx(2, rel=0.01)  # by the weight's bytes
+    # ... of which 4 bits, a scale a group and the branch's share are fewer.
+    share = 1 / 2 + 1 / 64 + 32 * (8192 + 2 * 8192) / 8192**2
+    assert predicted_gain(wide, Recipe("w4a8_lowrank", rows=1)) == pytest.approx(2 / share, rel=0.01)
+    assert predicted_gain(tall, Recipe(rows=2**20)) == pytest.approx(
+        1 / 2, rel=0.05
+    )  # by the input's, read twice and written once
 
 
 def test_comparison_names_the_layer_that_differs() -> None:

@@ -28,7 +28,7 @@ from .. import RungError, __version__, digits, running
 from ..fuse import fuse_
 from ..models import DiMR, DiT, load
 from ..models.checkpoint import describe
-from ..quantize import RECIPES, Recipe, quantize_
+from ..quantize import KINDS, Recipe, quantize_
 from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler, dpm_adaptive
 from ..sampling.schedules import FINALS
 
@@ -61,7 +61,7 @@ def register(subparsers: Any) -> None:
     """Adds the subcommand to argparse's `subparsers`; its namespace holds `run`."""
     parser = subparsers.add_parser("sample", help="make pictures with a small diffusion model", description=__doc__)
     parser.add_argument("--model", default="digits", help=f"{', '.join(BUNDLED)}, or a .safetensors file (default: digits)")
-    parser.add_argument("--quantize", choices=RECIPES, help="the model's Linear layers as codes (default: as they are)")
+    parser.add_argument("--quantize", choices=KINDS, help="the model's Linear layers as codes (default: as they are)")
     parser.add_argument("--solver", default="dpmpp_2m", choices=[*SOLVERS, ADAPTIVE], help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="solver steps (default: %(default)s)")
     parser.add_argument(
