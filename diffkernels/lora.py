@@ -73,8 +73,8 @@ class Lora:
 def add_lora_(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike[str], scale: float = 1.0) -> Lora:
     """Adds scale · (alpha / rank) · up (down x) to the Linear layers that a LoRA names, in place, for inference.
 
-    In a layer of 8-bit codes the input's codes are used again, wherever they were made: a fused model stays fused. `down` is
-    coded as the layer's input is, smoothed and rotated alike, and `up` is bfloat16; the layer's epilogue adds them. Any other
+    In a layer of codes the input's are used again, wherever they were made: a fused model stays fused. `down` has 8 bits,
+    smoothed and rotated as the layer's weight is, and `up` is bfloat16; the layer's epilogue adds them. Any other
     nn.Linear is called as it is, and a forward hook adds to its result. No weight changes, nor does a state dict: what is saved
     is the model without it. Several may be on at a time, and each is taken off by itself.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn.quantized import QuantizedLinear
+from .ops._linear import COLUMNS
 from .ops._quantize import ROTATIONS
 from .ops.linear_w4a8_lowrank import GROUPS
 
@@ -191,7 +192,7 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
         found = sqnr(layer.weight, new.weight)
         if recipe.kind == "auto" and found < LEAST_SQNR:
             why = f"its weight in 8 bits has an SQNR of {found:.1f} dB, under {LEAST_SQNR:g}"
-            report.layers.append(Layer(name, None, shape, size, size, reason=why))
+            report.layers.append(Layer(name, None, shape, size, size, reason=why, gain=gain))
             continue
         made[layer], kind = new, KINDS[0] if recipe.kind == "auto" else recipe.kind
         report.layers.append(Layer(name, kind, shape, size, new.nbytes, found, new.rotate, gain=gain))
@@ -212,7 +213,7 @@ def predicted_gain(layer: nn.Linear, recipe: Recipe) -> float:
     balance, four = BALANCE.get(layer.weight.device.type, BALANCE["cpu"]), recipe.kind == "w4a8_lowrank"
     wide = max(2 * m * n * k / balance, 2 * (n * k + m * k + m * n))
     r = min(recipe.rank, n, k) if four else 0
-    weight = n * k / 2 + n * k / recipe.group + r * (k + 2 * n) if four else n * k
+    weight = n * k / 2 + n * k / recipe.group + -(-r // COLUMNS) * COLUMNS * k + 2 * r * n if four else n * k
     operations = m * (n + r) * k + 2 * m * n * r  # in 16 bits' time: two in 8 bits take that of one
     narrow = max(operations / balance, weight + m * k + 2 * m * n) + 3 * m * k
     return wide / narrow

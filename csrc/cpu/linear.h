@@ -397,6 +397,7 @@ Refusal describe(Call& c, View y, View x, View x_scale, View weight_scale, Optio
             return "low or up: not [..., R] and [R, N]";
         for (int k = 0; k < y.ndim - 1; ++k)
             if (low.shape[k] != y.shape[k]) return "low: not of x's rows";
+        if (low.size(-1) > INT32_MAX) return "low: more than 2^31 ranks";
         if (!rows_of(low, c.low_rows)) return "low: more than 8 dimensions";
         c.low.view = low, c.up.view = up, c.rank = up.shape[0];
         c.narrow = kTiles && c.rank && low.dtype == DType::bf16 && up.dtype == DType::bf16;
@@ -411,6 +412,8 @@ Refusal describe(Call& c, View y, View x, View x_scale, View weight_scale, Optio
 }
 
 int64_t threads_of(const Call& c) { return c.rows * c.columns * (c.depth + 1) < kSerialProducts ? 1 : dk_parallel_threads(); }
+
+int64_t scratch_of(const Call& c) { return c.rows * c.columns == 0 ? 0 : threads_of(c) * c.room(); }
 
 template <class W>
 Refusal linear(Stream stream, Call& c, const W& weight, Text activation, Text dtype) {

@@ -68,7 +68,7 @@ int64_t bytes(Stream, View y, View x, View x_scale, View weight, View group_scal
     Call c{};
     Weight w{};
     if (describe(c, w, y, x, x_scale, weight, group_scale, weight_scale, bias, low, up, gate, residual)) return 0;
-    return threads_of(c) * c.room();
+    return scratch_of(c);
 }
 
 Refusal linear_w4a8_lowrank(Stream stream, View y, View x, View x_scale, View weight, View group_scale, View weight_scale,

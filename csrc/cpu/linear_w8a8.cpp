@@ -29,7 +29,7 @@ int64_t bytes(Stream, View y, View x, View x_scale, View weight, View weight_sca
               Optional gate, Optional residual, Text, Text) {
     Call c{};
     Weight w{};
-    return describe(c, w, y, x, x_scale, weight, weight_scale, bias, low, up, gate, residual) ? 0 : threads_of(c) * c.room();
+    return describe(c, w, y, x, x_scale, weight, weight_scale, bias, low, up, gate, residual) ? 0 : scratch_of(c);
 }
 
 Refusal linear_w8a8(Stream stream, View y, View x, View x_scale, View weight, View weight_scale, Optional bias, Optional low,

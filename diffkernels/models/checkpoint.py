@@ -230,6 +230,8 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
             _shape(file, f"{name}.{part}") if f"{name}.{part}" in names else None for part in ("group_scale", "down")
         )
         k, bits = layer.in_features, 8 if groups is None else 4
+        if down is not None and (len(down) != 2 or not 1 <= down[0] <= min(k, layer.out_features) or down[1] != k):
+            raise CheckpointError(f"{path}: {name}.down: expected [rank, {k}] with a rank of the weight's, got shape {down}")
         group = next((g for g in GROUPS if groups and groups[-1] == -(-k // g)), GROUPS[0])
         try:
             new = QuantizedLinear(k, layer.out_features, *has, rotate, bits, group, down[0] if down else 0, device="meta")

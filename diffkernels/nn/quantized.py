@@ -224,7 +224,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         for branch in self.branches:
             branch._apply(fn, recurse)
-        exact = {name: getattr(self, name) for name in ("weight_scale", "smooth", "down_scale", "up")}
+        exact = {name: getattr(self, name) for name in SCALES}
         super()._apply(fn, recurse)
         for name, before in exact.items():  # .half() and .to(dtype) are about the model's arithmetic
             if before is not None and getattr(self, name).dtype != before.dtype:
@@ -242,37 +242,49 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
+        # The weight's parts come together or not at all: old codes with new scales would be another weight.
+        words = (missing, unexpected, errors)
+        before, given = sum(map(len, words)), list[Tensor | None]()
         if (rotate := int(state_dict.pop(prefix + "rotate", 0))) != self.rotate:
             errors.append(f"{prefix}rotate: expected {self.rotate}, got {rotate}")
-        given: list[Tensor | None] = []
-        for name, own in zip(CODES, self._blank("meta"), strict=True):
-            if own is None:
-                given.append(None)
-            elif (t := state_dict.pop(prefix + name, None)) is None:
-                missing.append(prefix + name)
-            elif t.shape != own.shape or t.dtype != own.dtype:
+        keeps = self.packed.is_meta or local_metadata.get("assign_to_params_buffers")
+        blank = dict(zip(CODES, self._blank("meta"), strict=True))
+        for name in CODES + SCALES:
+            key, own = prefix + name, blank[name] if name in CODES else getattr(self, name)
+            t = state_dict.pop(key, None) if name in CODES or own is None else state_dict.get(key)
+            if own is None and t is not None:
+                unexpected.append(key)
+            elif own is not None and t is None:
+                missing.append(key)
+            elif own is not None and (t.shape != own.shape or (name in CODES and t.dtype != own.dtype)):
                 wanted = f"{str(own.dtype).removeprefix('torch.')} {list(own.shape)}"
-                errors.append(f"{prefix}{name}: expected {wanted}, got {t.dtype} {list(t.shape)}")
-            else:
-                given.append(t if self.packed.is_meta else t.to(self.packed.device))
-        if len(given) == len(CODES):
+                errors.append(f"{key}: expected {wanted}, got {t.dtype} {list(t.shape)}")
+            if name in CODES:
+                given.append(t if t is None or keeps else t.to(self.packed.device))
+        if sum(map(len, words)) == before:
             try:
                 self._pack(*given)  # type: ignore[arg-type]
             except ValueError as error:
                 errors.append(f"{prefix}{error}")
+        if sum(map(len, words)) > before:
+            state_dict |= {prefix + name: own for name in SCALES if (own := getattr(self, name)) is not None}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
-CODES = ("qweight", "group_scale", "down")  # a state dict's names of what is packed
-REFINED = 4  # times that codes and branch are found anew beside each other: the error's last tenth
+CODES = ("qweight", "group_scale", "down")  # a state dict's names of what is packed, and of what goes with it
+SCALES = ("weight_scale", "down_scale", "up", "smooth")
+REFINED = 4  # times that codes and branch are found anew beside each other: 0.7 dB where columns differ in size
 
 
 def _low_rank(weight: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """The rank that holds most of a weight [N, K]: (down, its scale, up) as they are kept, and what they stand for."""
-    devices = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices):  # what it draws, it draws alike, and leaves the user's numbers as they were
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(weight, min(rank + 8, *weight.shape), niter=4)
+    # Halko et al. 2011: the range of a few random columns, after four more products; its own generator draws alike anywhere.
+    draw = torch.Generator().manual_seed(0)
+    found = torch.randn(weight.shape[1], min(rank + 8, *weight.shape), generator=draw).to(weight.device)
+    for _ in range(4):
+        found = torch.linalg.qr(weight.t() @ torch.linalg.qr(weight @ found).Q).Q
+    u, s, v = torch.linalg.svd(weight @ found, full_matrices=False)
+    v = (v @ found.t()).t()
     root = s[:rank].sqrt()
     down, scale = ops.act_quantize((v[:, :rank] * root).t())
     up = (u[:, :rank] * root).t().to(torch.bfloat16).contiguous()
@@ -286,8 +298,8 @@ def _down(coded: Sequence[Tensor], packed: Tensor, scale: Any) -> Tensor:
 class SideBranch(nn.Module):
     """scale · factor · up (down x), to be added to what a Linear makes of x: see `add_lora_`.
 
-    Beside a QuantizedLinear x comes as that layer's codes, `down` is coded as its weight is, and `up`, [rank, out_features], is
-    bfloat16.
+    Beside a QuantizedLinear x comes as that layer's codes, `down` has 8 bits, smoothed and rotated as the layer's weight is,
+    and `up`, [rank, out_features], is bfloat16.
     """
 
     def __init__(self, layer: nn.Linear | QuantizedLinear, down: Tensor, up: Tensor, scale: float, factor: float) -> None:

@@ -19,14 +19,15 @@ def code_w4(weight: Tensor, group: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """A weight [N, K] rounded to 4 bits: int8 codes [N, K] in -8..7, uint8 group_scale [N, ⌈K/group⌉] in 1..16, float32
     weight_scale [N]; weight ≈ codes · group_scale · weight_scale.
 
-    Of the 16 scales each group takes the one of the smallest squared error. Raises ValueError for another group.
+    Of the 16 scales each group takes the one of the smallest squared error. A row that is not finite has such a weight_scale.
+    Raises ValueError for another group.
     """
     if group not in GROUPS:
         raise ValueError(f"group: expected 64 or 128, got {group!r}")
     n, k = weight.shape
     w = F.pad(weight.detach().float(), (0, -k % group)).reshape(n, -(-k // group), group)
     largest = w.abs().amax((1, 2)) if w.numel() else w.new_zeros(n)
-    weight_scale = torch.where(largest > 0, largest / (7.5 * LARGEST), 1.0)
+    weight_scale = torch.where(largest == 0, 1.0, largest / (7.5 * LARGEST))  # a NaN stays one
     w = w / weight_scale[:, None, None]
     least = torch.full_like(w[..., :1], torch.inf)
     codes, scale = torch.zeros_like(w), torch.ones_like(least)

@@ -44,7 +44,9 @@ def _kernel(
     sums = tl.zeros([ROWS, BLOCK], tl.int32)
     for first in range(0, K, STEP):
         k = first + tl.arange(0, STEP)
-        codes = tl.load(x[0] + row[:, None] * x[1] + k[None, :] * x[2], mask=rows[:, None] & (k < K)[None, :], other=0)
+        codes = tl.load(
+            x[0] + row[:, None] * x[1] + k.to(tl.int64)[None, :] * x[2], mask=rows[:, None] & (k < K)[None, :], other=0
+        )
         there = (k < K)[:, None] & columns[None, :]
         if group_scale is None:
             at = panel[None, :] + ((k // 4) * 256 + k % 4)[:, None]
@@ -61,7 +63,7 @@ def _kernel(
         h += tl.load(bias[0] + column * bias[1], mask=columns, other=0.0).to(tl.float32)[None, :]
     if low is not None:
         for first in range(0, R, 16):
-            r = first + tl.arange(0, 16)
+            r = (first + tl.arange(0, 16)).to(tl.int64)
             a = tl.load(low[0] + row[:, None] * low[1] + r[None, :] * low[2], mask=rows[:, None] & (r < R)[None, :], other=0.0)
             b = tl.load(
                 up[0] + r[:, None] * up[1] + column[None, :] * up[2], mask=(r < R)[:, None] & columns[None, :], other=0.0
