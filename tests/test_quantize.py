@@ -115,6 +115,15 @@ def test_rungs_agree_to_the_bit(op) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+def test_more_ranks_than_there_is_memory_for_are_refused() -> None:
+    x, w = torch.zeros(1, 64, dtype=torch.int8), ops.pack_w8(torch.zeros(1, 64, dtype=torch.int8))
+    low, up = torch.zeros(1, 1).expand(1, 2**58), torch.zeros(1, 1).expand(2**58, 1)
+    for rung in ("cpu", "avx2", "avx512", "avx512_vnni", "amx"):
+        if dk._ladder.missing(rung, "linear_w8a8", "cpu") is None:
+            with dk.rung(rung), pytest.raises(RuntimeError, match=r"low: more than 2\^31 ranks"):
+                ops.linear_w8a8(x, torch.ones(1), w, torch.ones(1), low=low, up=up)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_answers_nearly_what_it_did(dtype, bias) -> None:
