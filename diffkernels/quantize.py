@@ -21,8 +21,6 @@ RECIPES = (*KINDS, "auto")
 # DiMR reads the weights of its upsampling and its long skips: they would be unpacked in every call.
 SENSITIVE = ("*embed*", "*adaLN*", "*norm*.linear", "final_layer*", "proj_out*", "*upsample*", "*skip_dense*")
 
-# 16-bit operations that a machine does while it moves a byte: an H100 about 300, two cores with matrix tiles 120 to 200.
-BALANCE = {"cuda": 300.0, "cpu": 150.0}
 LEAST_SQNR = 30.0  # dB: with less, a weight's rounding is most of the error that 8 bits make
 
 
@@ -35,6 +33,8 @@ class Recipe:
     of `rank` columns that holds what they lose most of (SVDQuant): a bit more than half the bytes, and less exact.
     "auto" is "int8" where that pays: a layer stays as it is where `predicted_gain` at `rows` rows, a call's samples times
     tokens, is no more than 1; it is rotated where its weight's SQNR is under 30 dB, and stays where that does not help.
+    `balance`: the 16-bit operations that the machine does while it moves a byte: an H100 300, two cores with matrix tiles 120
+    to 200.
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
     `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights smaller than this stay: their products
     take less time than the codes.
@@ -43,8 +43,8 @@ class Recipe:
     in either (SmoothQuant, alpha = 1/2), but for layers that it does not call.
     `rotate`: 0, or 64, 128 or 256 columns that are mixed in weight and input alike, as many as divide a layer's, down to 64:
     for activations with a few large columns, of which the weights know nothing.
-    Raises ValueError for an unknown kind, `smooth`, `rotate` or `group`, a `min_elements` or `rank` below 0, or
-    `rows` below 1.
+    Raises ValueError for an unknown kind, `smooth`, `rotate` or `group`, a `min_elements` or `rank` below 0, `rows`
+    below 1 or a `balance` of 0 or less.
     """
 
     kind: str = "int8"
@@ -56,12 +56,15 @@ class Recipe:
     group: int = 64
     rank: int = 32
     rows: int = 1024
+    balance: float = 150.0
 
     def __post_init__(self) -> None:
         if self.kind not in RECIPES:
             raise ValueError(f"kind: expected one of {', '.join(RECIPES)}, got {self.kind!r}")
         if self.rows < 1:
             raise ValueError(f"rows: expected 1 or more, got {self.rows}")
+        if not self.balance > 0:
+            raise ValueError(f"balance: expected more than 0, got {self.balance}")
         for name in ("min_elements", "rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
@@ -206,11 +209,11 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
 def predicted_gain(layer: nn.Linear, recipe: Recipe) -> float:
     """How many times as fast as in 16 bits a layer of codes is at `recipe.rows` rows, both as fast as a roofline lets them be.
 
-    A byte of memory takes the time of `BALANCE` operations in 16 bits, or of twice as many in 8. The input is coded in a pass
-    of its own, which `fuse_` takes away again: with it the gain is larger.
+    A byte of memory takes the time of `recipe.balance` operations in 16 bits, or of twice as many in 8. The input is coded in a
+    pass of its own, which `fuse_` takes away again: with it the gain is larger.
     """
     (n, k), m = layer.weight.shape, recipe.rows
-    balance, four = BALANCE.get(layer.weight.device.type, BALANCE["cpu"]), recipe.kind == "w4a8_lowrank"
+    balance, four = recipe.balance, recipe.kind == "w4a8_lowrank"
     wide = max(2 * m * n * k / balance, 2 * (n * k + m * k + m * n))
     r = min(recipe.rank, n, k) if four else 0
     weight = n * k / 2 + n * k / recipe.group + -(-r // COLUMNS) * COLUMNS * k + 2 * r * n if four else n * k

@@ -436,6 +436,8 @@ def test_auto_leaves_alone_what_would_lose_and_says_so() -> None:
     assert [line.kind for line in quantize_(nn.Sequential(nn.Linear(1152, 16)), Recipe("auto", rows=2)).layers] == ["int8"]
     with pytest.raises(ValueError, match="rows: expected 1 or more, got 0"):
         Recipe("auto", rows=0)
+    with pytest.raises(ValueError, match=r"balance: expected more than 0, got -1\.0"):
+        Recipe("auto", balance=-1.0)
 
 
 def test_the_predicted_gain_is_a_rooflines() -> None:
