@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from .models.checkpoint import KINDS
 from .nn.quantized import QuantizedLinear
 from .ops._linear import COLUMNS
 from .ops._quantize import ROTATIONS
 from .ops.linear_w4a8_lowrank import GROUPS
 
-KINDS = ("int8", "w4a8_lowrank")
 RECIPES = (*KINDS, "auto")
 # The first and the last layers and the modulations: few of a model's products, much of its error (Q-DiT, ViDiT-Q).
 # DiMR reads the weights of its upsampling and its long skips: they would be unpacked in every call.
@@ -33,8 +33,7 @@ class Recipe:
     of `rank` columns that holds what they lose most of (SVDQuant): a bit more than half the bytes, and less exact.
     "auto" is "int8" where that pays: a layer stays as it is where `predicted_gain` at `rows` rows, a call's samples times
     tokens, is no more than 1; it is rotated where its weight's SQNR is under 30 dB, and stays where that does not help.
-    `balance`: the 16-bit operations that the machine does while it moves a byte: an H100 300, two cores with matrix tiles 120
-    to 200.
+    `balance`: the 16-bit operations that the machine does while it moves a byte: two cores with matrix tiles 120 to 200.
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
     `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights smaller than this stay: their products
     take less time than the codes.

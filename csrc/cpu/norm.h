@@ -29,6 +29,7 @@ struct Operand {
         }
     }
     DK_INLINE F load_at(int64_t at, int64_t column, int n) const {
+        // As each() would, but for its loops.
         if (n == kLanes && view.step(-1) == 1) switch (view.dtype) {
                 case DType::f32: return load(static_cast<const float*>(view.data) + at + column);
                 case DType::f16: return load(static_cast<const f16*>(view.data) + at + column);

@@ -27,8 +27,8 @@ from torch import Tensor
 from .. import RungError, __version__, digits, running
 from ..fuse import fuse_
 from ..models import DiMR, DiT, load
-from ..models.checkpoint import describe
-from ..quantize import KINDS, Recipe, quantize_
+from ..models.checkpoint import KINDS, describe
+from ..quantize import Recipe, quantize_
 from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler, dpm_adaptive
 from ..sampling.schedules import FINALS
 

@@ -20,11 +20,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ..nn import QuantizedLinear
-from ..ops import pack_w4
-from ..ops.linear_w4a8_lowrank import GROUPS
+from ..ops.linear_w4a8_lowrank import GROUPS, check_w4
 
 FORMAT = 1
-KINDS = ("int8", "w4a8_lowrank")
+KINDS = ("int8", "w4a8_lowrank")  # of quantized layers
 KEY = "diffkernels"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -89,7 +88,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             layer, _, last = name.rpartition(".")
             if last == "group_scale":
                 try:
-                    pack_w4(state[f"{layer}.qweight"], state[name])
+                    check_w4(state[f"{layer}.qweight"], state[name])
                 except ValueError as error:
                     raise CheckpointError(f"{path}: {layer}: {error}") from error
     target.load_state_dict(state, strict=True, assign=model is None)
@@ -123,11 +122,11 @@ def save(
     if ARCHITECTURES.get(arch) is not type(model):
         raise TypeError(f"model: expected one of {', '.join(ARCHITECTURES)}; got {arch}")
     layers = _quantized_layers(model)
-    exact = {f"{name}.{key}" for name in layers for key in model.get_submodule(name).state_dict() if key != "bias"}
-    state = {
-        name: t.detach().to("cpu", t.dtype if dtype is None or name in exact else dtype).contiguous()
-        for name, t in model.state_dict().items()
-    }
+    state: dict[str, Tensor] = {}
+    for name, t in model.state_dict().items():
+        layer, _, last = name.rpartition(".")
+        exact = dtype is None or (layer in layers and last != "bias")
+        state[name] = t.detach().to("cpu", t.dtype if exact else dtype).contiguous()
     for name, t in state.items():
         if not t.isfinite().all():
             raise CheckpointError(f"{path}: {name}: expected finite numbers in {t.dtype}, found infinity or NaN")

@@ -39,7 +39,7 @@ def check(x, x_scale, weight_scale, bias, low, up, gate, residual, activation, d
         if name == "up" and (t.ndim != 2 or t.shape[1] != n):
             raise ValueError(f"up: expected [R, {n}], got shape {list(t.shape)}")
         if name == "low" and (t.ndim != x.ndim or t.shape[:-1] != x.shape[:-1]):
-            raise ValueError(f"low: expected {[*x.shape[:-1]]} and R, got shape {list(t.shape)}")
+            raise ValueError(f"low: expected {[*x.shape[:-1]]} with R behind, got shape {list(t.shape)}")
         if name == "gate" and not _broadcast.matches(t, out):
             raise ValueError(f"gate: expected {_broadcast.expected(out)}, got shape {list(t.shape)}")
         if name == "residual" and t.shape != out.shape:

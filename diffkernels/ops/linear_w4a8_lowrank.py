@@ -46,13 +46,24 @@ def pack_w4(codes: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor]:
     high half, padded by code 0. Scales, uint8 [N, groups] in 1..16: scale - 1, [⌈N/64⌉, groups, 64].
     Raises TypeError for other dtypes, ValueError for other shapes or numbers.
     """
+    check_w4(codes, group_scale)
+    n, k = codes.shape
+    q = F.pad((codes + 8).to(torch.uint8), (0, -k % (2 * DEPTH), 0, -n % COLUMNS), value=8)
+    q = q.reshape(-(-n // COLUMNS), COLUMNS, -(-k // (2 * DEPTH)), 2, DEPTH)
+    packed = (q[:, :, :, 0] | q[:, :, :, 1] << 4).transpose(1, 2).contiguous()
+    scale = F.pad(group_scale - 1, (0, 0, 0, -n % COLUMNS)).reshape(-(-n // COLUMNS), COLUMNS, group_scale.shape[1])
+    return packed, scale.transpose(1, 2).contiguous()
+
+
+def check_w4(codes: Tensor, group_scale: Tensor) -> None:
+    """Raises what `pack_w4` does."""
     if codes.dtype != torch.int8 or group_scale.dtype != torch.uint8:
         raise TypeError(f"codes, group_scale: expected int8 and uint8, got {codes.dtype} and {group_scale.dtype}")
     if codes.ndim != 2 or group_scale.ndim != 2 or group_scale.shape[0] != codes.shape[0]:
         raise ValueError(
             f"codes, group_scale: expected [N, K] and [N, groups], got {list(codes.shape)}, {list(group_scale.shape)}"
         )
-    n, k = codes.shape
+    k = codes.shape[1]
     if all(-(-k // group) != group_scale.shape[1] for group in GROUPS):
         raise ValueError(f"group_scale: expected groups of 64 or 128 of {k} inputs, got {group_scale.shape[1]} groups")
     there = not codes.is_meta and codes.numel() > 0
@@ -60,11 +71,6 @@ def pack_w4(codes: Tensor, group_scale: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("codes: expected -8 to 7")
     if there and not (group_scale.amin() >= 1 and group_scale.amax() <= LARGEST):
         raise ValueError(f"group_scale: expected 1 to {LARGEST}")
-    q = F.pad((codes + 8).to(torch.uint8), (0, -k % (2 * DEPTH), 0, -n % COLUMNS), value=8)
-    q = q.reshape(-(-n // COLUMNS), COLUMNS, -(-k // (2 * DEPTH)), 2, DEPTH)
-    packed = (q[:, :, :, 0] | q[:, :, :, 1] << 4).transpose(1, 2).contiguous()
-    scale = F.pad(group_scale - 1, (0, 0, 0, -n % COLUMNS)).reshape(-(-n // COLUMNS), COLUMNS, group_scale.shape[1])
-    return packed, scale.transpose(1, 2).contiguous()
 
 
 def unpack_w4(packed: Tensor, group_scale: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
