@@ -307,6 +307,20 @@ MUTATIONS = [
         kernel("linear_w8a8"),
     ),
     Mutation(
+        "a window's right edge from the next line",
+        "csrc/cpu/conv2d_w8a8.cpp",
+        "last = clamp(width - h, end)",
+        "last = end",
+        kernel("conv2d_w8a8"),
+    ),
+    Mutation(
+        "every window at the first sample's scale",
+        "csrc/cpu/conv2d_w8a8.cpp",
+        "c.scale_rows.push(x_scale.shape[0], x_scale.stride[0])",
+        "c.scale_rows.push(x_scale.shape[0], 0)",
+        kernel("conv2d_w8a8"),
+    ),
+    Mutation(
         "every group at the first one's scale",
         "csrc/cpu/linear_w4a8_lowrank.cpp",
         "scales + (p * groups + g) * kPanel",

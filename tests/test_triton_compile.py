@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 
 HOW = {"LAYER": True, "INSIDE": True}
 UNFUSED = ("solver_step", "row_abs_quantile")  # launched so, for the sake of equal bits
-ANY = ("T", "B", "coef_step", "coef_sample", "unit", "runs", "rows", "rank", "chunks", "H", "W")  # as a rule no multiples of 16
+ANY = ("T", "B", "coef_step", "coef_sample", "unit", "runs", "rows", "rank", "chunks", "H", "W", "window")  # as a rule no multiples of 16
 
 
 def pointers(names, t):
@@ -131,8 +131,8 @@ def geglu(t):
 def linear_w8a8(t):
     "Every epilogue, with a branch and without, at the tile of many rows and that of few; codes come by cp.async or in words."
     given = {"y": "*" + t, "weight": "*u8", "weight_scale": ("*fp32", 1), "x_scale": ("*fp32", 1)} | integers("M N K R")
-    given |= {"x": ("*i8", "i32", 1), "bias": ("*" + t, 1)} | operands("gate", t) | matrices("residual low up", t)
-    given |= {"group_scale": None, "GROUP": 1, "MIXED": False}
+    given |= {"x": ("*i8", "i32", 1), "bias": ("*" + t, 1)} | operands("gate residual", t) | matrices("low up", t)
+    given |= {"window": None, "group_scale": None, "GROUP": 1, "MIXED": False}
     for activation, rows, block, step in (("TANH", 64, 64, 32), ("GELU", 64, 64, 32), ("SILU", 16, 64, 128)):
         which = {name: name == activation for name in ("GELU", "TANH", "SILU")} | {"ROWS": rows, "BLOCK": block, "STEP": step}
         which |= {"low": None, "up": None} if activation == "GELU" else {}
@@ -142,6 +142,14 @@ def linear_w8a8(t):
 def linear_w4a8_lowrank(t):
     for name, given, warps, *_ in linear_w8a8(t):
         yield name, given | {"group_scale": "*u8", "GROUP": 64 if given["GELU"] else 128}, warps, "LDG", "STG"
+
+
+def conv2d_w8a8(t):
+    "Three by three with all there is, of many windows and of few; a single tap."
+    none = {"low": None, "up": None}
+    for name, given, warps, *narrow in linear_w8a8(t):
+        window = ("i32",) * 5 + (1 if given["GELU"] else 3, 1, 1, 1)
+        yield name, given | none | {"x": ("*i8", "i32", "i32", "i32", 1), "window": window}, warps, *narrow
 
 
 def depthwise_conv2d(t):

@@ -1,4 +1,5 @@
-// What the Linears over 8-bit codes share: y = activation(x W^T * x_scale * weight_scale + bias + low up) * gate + residual
+// What the Linears and the convolution over 8-bit codes share: y = activation(x W^T * x_scale * weight_scale + bias + low up) *
+// gate + residual
 //
 // Idea: a tile of y's sums stays in registers over all of K. A panel of 64 outputs of the weight lies as pack_w8 leaves it, or
 // is unpacked so: code + 128, so that x's codes enter the product as they are: sum (w + 128) x - 128 sum x, which wraps in 32
@@ -96,6 +97,7 @@ struct Call {
     int64_t line, low_line;               // codes that a row takes where it is laid out; numbers that one of low takes
     int64_t block;                        // rows of x that are laid out at a time, whole tiles
     int64_t panel_room;                   // bytes of an unpacked panel, or 0
+    int64_t row_room;                     // bytes of a row that is put together before it is laid out, or 0
     char* scratch;
 
     int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
@@ -105,7 +107,8 @@ struct Call {
     int64_t low_room() const { return block * low_line * (narrow ? 2 : 4); }
     int64_t up_room() const { return low_line * kPanel * (narrow ? 2 : 4); }
     int64_t room() const {
-        return (codes() + panel_room + low_room() + up_room() + block * static_cast<int64_t>(sizeof(Known)) + 63) / 64 * 64;
+        return (codes() + panel_room + low_room() + up_room() + block * static_cast<int64_t>(sizeof(Known)) + row_room + 63) /
+               64 * 64;
     }
 };
 
@@ -129,9 +132,27 @@ struct Aside {
     }
 };
 
+// A Linear's x: where row r's codes lie, c.x_step apart. (A convolution puts them together, in `room`.)
+struct Matrix {
+    DK_INLINE const int8_t* row(const Call& c, int64_t r, int8_t*) const { return c.x + c.x_rows.offset<int64_t>(r); }
+};
+
+DK_INLINE uint32_t sum_of(const int8_t* x, int64_t n) {
+    uint32_t sum = 0;
+    int64_t k = 0;
+#if defined(__AVX512VNNI__)
+    __m512i sums = _mm512_setzero_si512();
+    for (; k + 64 <= n; k += 64) sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(x + k));
+    sum = static_cast<uint32_t>(_mm512_reduce_add_epi32(sums));
+#endif
+    for (; k < n; ++k) sum += static_cast<uint32_t>(x[k]);
+    return sum;
+}
+
 // x's rows from `from` on, [tile][word][row][4], or for matrix tiles [row][line], where past a row's words lies anything;
 // zeros past the last row; and what is to be known of each.
-void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, Known* known) {
+template <class X>
+void lay_out(const Call& c, const X& source, int64_t from, int64_t rows, Code* to, int8_t* room, Known* known) {
     const int64_t tile = kRowsOfTile * c.line, row_step = kTiles ? c.line : kDepth;
     for (int64_t r = 0; r < (rows + kRowsOfTile - 1) / kRowsOfTile * kRowsOfTile; ++r) {
         Code* const row = to + r / kRowsOfTile * tile + r % kRowsOfTile * row_step;
@@ -146,11 +167,11 @@ void lay_out(const Call& c, int64_t from, int64_t rows, Code* to, Known* known) 
             return sum;
         };
         uint32_t sum = 0;
-        const int8_t* const x = r < rows ? c.x + c.x_rows.offset<int64_t>(from + r) : nullptr;
+        const int8_t* const x = r < rows ? source.row(c, from + r, kTiles ? reinterpret_cast<int8_t*>(row) : room) : nullptr;
         const int64_t whole = c.depth / kDepth;
         if (kTiles && x && c.x_step == 1) {
-            for (int64_t k = 0; k < whole * kDepth; ++k) sum += static_cast<uint32_t>(x[k]);
-            std::memcpy(row, x, static_cast<size_t>(whole * kDepth));
+            sum = sum_of(x, whole * kDepth);
+            if (static_cast<const void*>(x) != row) std::memcpy(row, x, static_cast<size_t>(whole * kDepth));
         } else if (x && c.x_step == 1)
             for (int64_t k = 0; k < whole; ++k) sum += static_cast<uint32_t>(put(k, x + k * kDepth, 1, kDepth));
         else
@@ -305,13 +326,14 @@ __attribute__((noinline)) void finish(const Call& c, Tile& t, int rows) {
 }
 
 // A thread's part of the cells (block of rows, panel), the blocks outermost.
-template <class T, int kActivation, class W>
-void run(const Call& c, const W& weight, int64_t thread, int64_t begin, int64_t end) {
+template <class T, int kActivation, class X, class W>
+void run(const Call& c, const X& source, const W& weight, int64_t thread, int64_t begin, int64_t end) {
     char* const mine = c.scratch + thread * c.room();
     Code* const codes = reinterpret_cast<Code*>(mine);
     uint8_t* const unpacked = reinterpret_cast<uint8_t*>(mine + c.codes());
     char *const low = mine + c.codes() + c.panel_room, *const up = low + c.low_room();
     Known* const known = reinterpret_cast<Known*>(up + c.up_room());
+    int8_t* const row = reinterpret_cast<int8_t*>(known + c.block);
     alignas(64) uint32_t sums[2][kRowsOfTile * kColumnsOfTile];
     alignas(64) float added[2][kRowsOfTile * kColumnsOfTile], scale[2][kPanel], bias[2][kPanel] = {};
     Tile waiting{};
@@ -326,7 +348,7 @@ void run(const Call& c, const W& weight, int64_t thread, int64_t begin, int64_t 
         float *const scales = scale[cell % 2], *const biases = bias[cell % 2];
         if (block != laid_out) {
             finish<T, kActivation>(c, waiting, kRowsOfTile);
-            lay_out(c, from, rows, codes, known);
+            lay_out(c, source, from, rows, codes, row, known);
             if (c.narrow)
                 lay_out_low(c, from, rows, reinterpret_cast<bf16*>(low));
             else if (c.rank)
@@ -365,31 +387,59 @@ void run(const Call& c, const W& weight, int64_t thread, int64_t begin, int64_t 
     tiles_end();
 }
 
-Refusal describe(Call& c, View y, View x, View x_scale, View weight_scale, Optional bias, Optional low, Optional up,
-                 Optional gate, Optional residual) {
-    if (x.dtype != DType::i8) return "x: not int8";
-    if (x_scale.dtype != DType::f32 || weight_scale.dtype != DType::f32) return "x_scale or weight_scale: not float32";
-    if (weight_scale.ndim != 1 || y.ndim != x.ndim || !y.contiguous()) return "y: not contiguous, or not of x's dimensions";
-    c.y = y, c.x_scale = x_scale, c.x = static_cast<const int8_t*>(x.data);
-    if (!rows_of(x, c.x_rows) || x_scale.ndim != x.ndim - 1)
-        return "x: fewer than 1 or more than 8 dimensions, or not x_scale's";
-    c.rows = 1, c.columns = weight_scale.shape[0], c.depth = x.size(-1), c.x_step = x.step(-1);
+// What follows the sums, once c.rows, c.depth and y are known.
+Refusal describe_epilogue(Call& c, View y, View weight_scale, Optional bias, Optional gate, Optional residual) {
+    if (weight_scale.dtype != DType::f32) return "weight_scale: not float32";
+    if (weight_scale.ndim != 1 || !y.contiguous()) return "y or weight_scale: not contiguous, or not [N]";
+    c.y = y, c.columns = weight_scale.shape[0];
+    if (y.size(-1) != c.columns) return "weight_scale: not one an output";
+    if (bias && bias.ndim != 1) return "bias: not [N]";
+    Optional scale;
+    static_cast<View&>(scale) = weight_scale;
+    const Optional given[] = {scale, bias, gate, residual};
+    Operand* const operands[] = {&c.weight_scale, &c.bias, &c.gate, &c.residual};
+    for (int k = 0; k < 4; ++k)
+        if (Refusal why = describe(*operands[k], given[k], y)) return why;
+    return nullptr;
+}
+
+// How x is laid out, once c.rows and c.depth are known.
+Refusal plan(Call& c) {
+    if (c.depth > INT32_MAX / (128 * 128)) return "x: rows whose products need more than 32 bits";
+    c.words = (c.depth + kDepth - 1) / kDepth;
+    c.line = kTiles ? ((c.depth + 63) / 64 | 1) * 64 : c.words * kDepth;  // odd numbers of cache lines: rows don't share a set
+    const int64_t tile = kRowsOfTile * c.line * static_cast<int64_t>(sizeof(Code));
+    const int64_t tiles = (c.rows + kRowsOfTile - 1) / kRowsOfTile, most = tile ? kBlockBytes / tile : tiles;
+    const int64_t blocks = most < 1 ? tiles : (tiles + most - 1) / most;
+    c.block = (blocks ? (tiles + blocks - 1) / blocks : 1) * kRowsOfTile;  // of one size, or a thread would wait for the other
+    return nullptr;
+}
+
+bool packed(const Call& c, const View& weight) {  // as pack_w8 leaves a weight
+    return weight.dtype == DType::u8 && weight.ndim == 4 && weight.shape[0] == c.panels() && weight.shape[1] == c.words &&
+           weight.shape[2] == kPanel && weight.shape[3] == kDepth && weight.contiguous();
+}
+
+// pack_w8's panels, as they lie
+struct Packed {
+    const uint8_t* data;
+    DK_INLINE const uint8_t* panel(const Call& c, int64_t p, uint8_t*) const { return data + p * c.words * kPanel * kDepth; }
+};
+
+[[maybe_unused]] Refusal describe(Call& c, View y, View x, View x_scale, View weight_scale, Optional bias, Optional low,
+                                  Optional up, Optional gate, Optional residual) {
+    if (x.dtype != DType::i8 || x_scale.dtype != DType::f32) return "x or x_scale: not int8 and float32";
+    if (!rows_of(x, c.x_rows) || x_scale.ndim != x.ndim - 1 || y.ndim != x.ndim)
+        return "x: fewer than 1 or more than 8 dimensions, or not x_scale's or y's";
+    c.x = static_cast<const int8_t*>(x.data), c.x_scale = x_scale;
+    c.rows = 1, c.depth = x.size(-1), c.x_step = x.step(-1);
     for (int k = 0; k < x.ndim - 1; ++k) {
         if (y.shape[k] != x.shape[k] || x_scale.shape[k] != x.shape[k]) return "x_scale: not one a row of x";
         c.rows *= x.shape[k];
         if (x.shape[k] != 1) c.scale_rows.push(x.shape[k], x_scale.stride[k]);
     }
-    c.words = (c.depth + kDepth - 1) / kDepth;
-    if (c.depth > INT32_MAX / (128 * 128)) return "x: rows whose products need more than 32 bits";
-    if (y.size(-1) != c.columns) return "weight_scale: not one an output";
-    Optional scale;
-    static_cast<View&>(scale) = weight_scale;
-    if (bias && bias.ndim != 1) return "bias: not [N]";
     if (residual && !residual.same_shape(y)) return "residual: not of the result's shape";
-    const Optional given[] = {scale, bias, gate, residual};
-    Operand* const operands[] = {&c.weight_scale, &c.bias, &c.gate, &c.residual};
-    for (int k = 0; k < 4; ++k)
-        if (Refusal why = describe(*operands[k], given[k], y)) return why;
+    if (Refusal why = describe_epilogue(c, y, weight_scale, bias, gate, residual)) return why;
     if (low ? !up : !!up) return "low, up: one without the other";
     if (low) {
         if (low.dtype > DType::bf16 || up.dtype > DType::bf16) return "low or up: not float32, float16 or bfloat16";
@@ -403,20 +453,15 @@ Refusal describe(Call& c, View y, View x, View x_scale, View weight_scale, Optio
         c.narrow = kTiles && c.rank && low.dtype == DType::bf16 && up.dtype == DType::bf16;
         c.low_line = c.narrow ? (c.rank + 31) / 32 * 32 : c.rank;
     }
-    c.line = kTiles ? ((c.depth + 63) / 64 | 1) * 64 : c.words * kDepth;  // odd numbers of cache lines: rows don't share a set
-    const int64_t tile = kRowsOfTile * c.line * static_cast<int64_t>(sizeof(Code));
-    const int64_t tiles = (c.rows + kRowsOfTile - 1) / kRowsOfTile, most = tile ? kBlockBytes / tile : tiles;
-    const int64_t blocks = most < 1 ? tiles : (tiles + most - 1) / most;
-    c.block = (blocks ? (tiles + blocks - 1) / blocks : 1) * kRowsOfTile;  // of one size, or a thread would wait for the other
-    return nullptr;
+    return plan(c);
 }
 
 int64_t threads_of(const Call& c) { return c.rows * c.columns * (c.depth + 1) < kSerialProducts ? 1 : dk_parallel_threads(); }
 
 int64_t scratch_of(const Call& c) { return c.rows * c.columns == 0 ? 0 : threads_of(c) * c.room(); }
 
-template <class W>
-Refusal linear(Stream stream, Call& c, const W& weight, Text activation, Text dtype) {
+template <class X, class W>
+Refusal linear(Stream stream, Call& c, const X& source, const W& weight, Text activation, Text dtype) {
     const DType wanted = dtype == "float32" ? DType::f32 : dtype == "float16" ? DType::f16 : DType::bf16;
     if (c.y.dtype != wanted || (wanted == DType::bf16 && !(dtype == "bfloat16"))) return "dtype: not a known one, or not y's";
     c.scratch = static_cast<char*>(stream.scratch);
@@ -430,7 +475,7 @@ Refusal linear(Stream stream, Call& c, const W& weight, Text activation, Text dt
             const int64_t threads = threads_of(c), cells = c.blocks() * c.panels();
             auto body = [&](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; ++i)
-                    run<T, decltype(which)::value>(c, weight, i, cells * i / threads, cells * (i + 1) / threads);
+                    run<T, decltype(which)::value>(c, source, weight, i, cells * i / threads, cells * (i + 1) / threads);
             };
             parallel_for(threads, 1, body);
             return nullptr;

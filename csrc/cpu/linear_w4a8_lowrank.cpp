@@ -78,7 +78,7 @@ Refusal linear_w4a8_lowrank(Stream stream, View y, View x, View x_scale, View we
     Weight w{};
     if (Refusal why = describe(c, w, y, x, x_scale, weight, group_scale, weight_scale, bias, low, up, gate, residual))
         return why;
-    return linear(stream, c, w, activation, dtype);
+    return linear(stream, c, Matrix{}, w, activation, dtype);
 }
 
 }  // namespace

@@ -10,17 +10,10 @@
 namespace dk {
 namespace {
 
-struct Weight {
-    const uint8_t* data;
-    DK_INLINE const uint8_t* panel(const Call& c, int64_t p, uint8_t*) const { return data + p * c.words * kPanel * kDepth; }
-};
-
-Refusal describe(Call& c, Weight& w, View y, View x, View x_scale, View weight, View weight_scale, Optional bias, Optional low,
+Refusal describe(Call& c, Packed& w, View y, View x, View x_scale, View weight, View weight_scale, Optional bias, Optional low,
                  Optional up, Optional gate, Optional residual) {
     if (Refusal why = describe(c, y, x, x_scale, weight_scale, bias, low, up, gate, residual)) return why;
-    if (weight.dtype != DType::u8 || weight.ndim != 4 || weight.shape[0] != c.panels() || weight.shape[1] != c.words ||
-        weight.shape[2] != kPanel || weight.shape[3] != kDepth || !weight.contiguous())
-        return "weight: not pack_w8's, or not contiguous";
+    if (!packed(c, weight)) return "weight: not pack_w8's, or not contiguous";
     w.data = static_cast<const uint8_t*>(weight.data);
     return nullptr;
 }
@@ -28,16 +21,16 @@ Refusal describe(Call& c, Weight& w, View y, View x, View x_scale, View weight, 
 int64_t bytes(Stream, View y, View x, View x_scale, View weight, View weight_scale, Optional bias, Optional low, Optional up,
               Optional gate, Optional residual, Text, Text) {
     Call c{};
-    Weight w{};
+    Packed w{};
     return describe(c, w, y, x, x_scale, weight, weight_scale, bias, low, up, gate, residual) ? 0 : scratch_of(c);
 }
 
 Refusal linear_w8a8(Stream stream, View y, View x, View x_scale, View weight, View weight_scale, Optional bias, Optional low,
                     Optional up, Optional gate, Optional residual, Text activation, Text dtype) {
     Call c{};
-    Weight w{};
+    Packed w{};
     if (Refusal why = describe(c, w, y, x, x_scale, weight, weight_scale, bias, low, up, gate, residual)) return why;
-    return linear(stream, c, w, activation, dtype);
+    return linear(stream, c, Matrix{}, w, activation, dtype);
 }
 
 }  // namespace

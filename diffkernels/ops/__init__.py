@@ -3,6 +3,7 @@
 from .act_quantize import act_quantize
 from .attention import attention, attention_forward
 from .attention_backward import attention_backward
+from .conv2d_w8a8 import conv2d_w8a8
 from .decode_attention import decode_attention
 from .depthwise_conv2d import depthwise_conv2d
 from .gate_residual_norm import gate_residual_norm
@@ -25,6 +26,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "code_w4",
+    "conv2d_w8a8",
     "decode_attention",
     "depthwise_conv2d",
     "gate_residual_norm",

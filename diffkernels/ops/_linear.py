@@ -1,4 +1,4 @@
-"""What the Linears over 8-bit codes share: checks, what their tests draw, and what follows the unpacked weight."""
+"""What the products over 8-bit codes share: checks, what their tests draw, and what follows the unpacked weight."""
 
 from __future__ import annotations
 
@@ -18,34 +18,43 @@ def check(x, x_scale, weight_scale, bias, low, up, gate, residual, activation, d
         raise TypeError(f"x: expected int8 codes, got {x.dtype}")
     if x.ndim < 1 or not x.shape[-1] <= MOST:
         raise ValueError(f"x: expected [..., K] with K up to {MOST}, got shape {list(x.shape)}")
-    for name, t in (("x_scale", x_scale), ("weight_scale", weight_scale)):
-        if t.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}: expected float32, got {t.dtype}")
+    check_scales(x_scale, weight_scale)
     if x_scale.shape != x.shape[:-1]:
         raise ValueError(f"x_scale: expected one a row of x, {list(x.shape[:-1])}, got shape {list(x_scale.shape)}")
-    if weight_scale.ndim != 1:
-        raise ValueError(f"weight_scale: expected [N], got shape {list(weight_scale.shape)}")
     n = weight_scale.shape[0]
     out = x.new_empty((*x.shape[:-1], n), device="meta")
     if (low is None) != (up is None):
         raise ValueError(f"{'low' if low is None else 'up'}: expected low and up, or neither, got one of them")
-    for name, t in (("bias", bias), ("low", low), ("up", up), ("gate", gate), ("residual", residual)):
+    check_epilogue(out, activation, dtype, bias=bias, low=low, up=up, gate=gate, residual=residual)
+    if up is not None and (up.ndim != 2 or up.shape[1] != n):
+        raise ValueError(f"up: expected [R, {n}], got shape {list(up.shape)}")
+    if low is not None and (low.ndim != x.ndim or low.shape[:-1] != x.shape[:-1]):
+        raise ValueError(f"low: expected {[*x.shape[:-1]]} with R behind, got shape {list(low.shape)}")
+    if low is not None and low.shape[-1] != up.shape[0]:
+        raise ValueError(f"up: expected [{low.shape[-1]}, {n}] for low's shape {list(low.shape)}, got {list(up.shape)}")
+    if residual is not None and residual.shape != out.shape:
+        raise ValueError(f"residual: expected the result's shape {list(out.shape)}, got {list(residual.shape)}")
+
+
+def check_scales(x_scale, weight_scale):  # type: ignore[no-untyped-def]
+    for name, t in (("x_scale", x_scale), ("weight_scale", weight_scale)):
+        if t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: expected float32, got {t.dtype}")
+    if weight_scale.ndim != 1:
+        raise ValueError(f"weight_scale: expected [N], got shape {list(weight_scale.shape)}")
+
+
+def check_epilogue(out, activation, dtype, **operands):  # type: ignore[no-untyped-def]
+    """What follows the sums; `out` is of the result's shape."""
+    for name, t in operands.items():
         if t is None:
             continue
         if t.dtype not in _norm.FLOATS:
             raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
-        if name == "bias" and tuple(t.shape) != (n,):
-            raise ValueError(f"bias: expected [{n}], got shape {list(t.shape)}")
-        if name == "up" and (t.ndim != 2 or t.shape[1] != n):
-            raise ValueError(f"up: expected [R, {n}], got shape {list(t.shape)}")
-        if name == "low" and (t.ndim != x.ndim or t.shape[:-1] != x.shape[:-1]):
-            raise ValueError(f"low: expected {[*x.shape[:-1]]} with R behind, got shape {list(t.shape)}")
+        if name == "bias" and t.shape != out.shape[-1:]:
+            raise ValueError(f"bias: expected [{out.shape[-1]}], got shape {list(t.shape)}")
         if name == "gate" and not _broadcast.matches(t, out):
             raise ValueError(f"gate: expected {_broadcast.expected(out)}, got shape {list(t.shape)}")
-        if name == "residual" and t.shape != out.shape:
-            raise ValueError(f"residual: expected the result's shape {list(out.shape)}, got {list(t.shape)}")
-    if low is not None and low.shape[-1] != up.shape[0]:
-        raise ValueError(f"up: expected [{low.shape[-1]}, {n}] for low's shape {list(low.shape)}, got {list(up.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if dtype not in DTYPES:
@@ -61,10 +70,10 @@ def check_packed(weight, n, k, depth, how):  # type: ignore[no-untyped-def]
 
 
 def allocate(x, x_scale, weight_scale, dtype):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=_result(x_scale, dtype))
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=result(x_scale, dtype))
 
 
-def _result(x_scale, dtype):  # type: ignore[no-untyped-def]
+def result(x_scale, dtype):  # type: ignore[no-untyped-def]
     return torch.float64 if x_scale.dtype == torch.float64 else DTYPES[dtype]
 
 
@@ -96,7 +105,7 @@ def fuzzed(draw, pick, drawn, **how):  # type: ignore[no-untyped-def]
 
 
 def define(codes, x, x_scale, weight_scale, bias, low, up, gate, residual, activation, dtype):  # type: ignore[no-untyped-def]
-    """What the Linears over 8-bit codes share, of the weight's int8 codes [N, K]."""
+    """What the Linears and the convolution over 8-bit codes share, of the weight's int8 codes [N, K]."""
     h = (x.double() @ codes.double().T).to(torch.promote_types(x_scale.dtype, torch.float32))  # exact, then rounded once
     h = h * x_scale.unsqueeze(-1) * weight_scale
     if bias is not None:
@@ -107,5 +116,5 @@ def define(codes, x, x_scale, weight_scale, bias, low, up, gate, residual, activ
     if gate is not None:
         h = h * _broadcast.align(gate, h).to(h.dtype)
     if residual is not None:
-        h = h + residual.to(h.dtype)
-    return h.to(_result(x_scale, dtype))
+        h = h + _broadcast.align(residual, h).to(h.dtype)
+    return h.to(result(x_scale, dtype))

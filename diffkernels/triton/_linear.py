@@ -1,6 +1,8 @@
-"""Linears over 8-bit codes: one program a tile of the result; products are summed in int32, then the epilogue follows."""
+"""Products over 8-bit codes: one program a tile of the result; products are summed in int32, then the epilogue follows."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -22,15 +24,15 @@ def _sigmoid(z):
 @triton.jit
 def _kernel(
     y,  # [M, N] contiguous
-    x,  # codes: (data, row stride, column stride)
-    x_scale,  # (data, stride)
+    x,  # codes: (data, row stride, column stride); of windows (data, strides of sample, line, pixel, channel)
+    window,  # of a convolution (H, W, C, their lines and columns, kernel, stride, padding, dilation), or absent
+    x_scale,  # (data, stride), one a row, or of windows one a sample
     weight,  # pack_w8's, or with group_scale pack_w4's
     group_scale,  # of groups of GROUP inputs, or absent
     weight_scale, bias,  # (data, stride); bias may be absent
     low,  # (data, row stride, column stride), or absent
     up,
-    gate,  # an operand, or absent
-    residual,  # (data, row stride, column stride), or absent
+    gate, residual,  # operands, or absent
     M, N, K, R,
     GROUP: tl.constexpr, MIXED: tl.constexpr,
     GELU: tl.constexpr, TANH: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -42,11 +44,22 @@ def _kernel(
     words = tl.cdiv(K, 4 if group_scale is None else 8)
     panel = (column // 64) * words * 256 + (column % 64) * 4
     sums = tl.zeros([ROWS, BLOCK], tl.int32)
+    scaled = row
+    if window is not None:
+        scaled = row // window[4] // window[3]
+        top, left = row // window[4] % window[3] * window[6] - window[7], row % window[4] * window[6] - window[7]
     for first in range(0, K, STEP):
         k = first + tl.arange(0, STEP)
-        codes = tl.load(
-            x[0] + row[:, None] * x[1] + k.to(tl.int64)[None, :] * x[2], mask=rows[:, None] & (k < K)[None, :], other=0
-        )
+        there = rows[:, None] & (k < K)[None, :]
+        if window is None:
+            at = row[:, None] * x[1] + k.to(tl.int64)[None, :] * x[2]
+        else:
+            tap, channel = k // window[2], (k % window[2]).to(tl.int64)
+            v = top[:, None] + (tap // window[5] * window[8])[None, :]
+            h = left[:, None] + (tap % window[5] * window[8])[None, :]
+            there = there & (v >= 0) & (v < window[0]) & (h >= 0) & (h < window[1])
+            at = (scaled * x[1])[:, None] + v * x[2] + h * x[3] + (channel * x[4])[None, :]
+        codes = tl.load(x[0] + at, mask=there, other=0)
         there = (k < K)[:, None] & columns[None, :]
         if group_scale is None:
             at = panel[None, :] + ((k // 4) * 256 + k % 4)[:, None]
@@ -57,7 +70,7 @@ def _kernel(
             at = ((column // 64) * tl.cdiv(K, GROUP) * 64 + column % 64)[None, :] + (k // GROUP * 64)[:, None]
             w = ((q - 8) * (1 + (tl.load(group_scale + at, mask=there, other=0).to(tl.int32) & 15))).to(tl.int8)
         sums = tl.dot(codes, w, sums, out_dtype=tl.int32)
-    h = sums.to(tl.float32) * tl.load(x_scale[0] + row * x_scale[1], mask=rows, other=0.0)[:, None]
+    h = sums.to(tl.float32) * tl.load(x_scale[0] + scaled * x_scale[1], mask=rows, other=0.0)[:, None]
     h = h * tl.load(weight_scale[0] + column * weight_scale[1], mask=columns, other=0.0)[None, :]
     if bias is not None:
         h += tl.load(bias[0] + column * bias[1], mask=columns, other=0.0).to(tl.float32)[None, :]
@@ -82,8 +95,7 @@ def _kernel(
     if gate is not None:
         h *= _norm.operand(gate, row[:, None], column[None, :], inside)
     if residual is not None:
-        at = row[:, None] * residual[1] + column[None, :] * residual[2]
-        h += tl.load(residual[0] + at, mask=inside, other=0.0).to(tl.float32)
+        h += _norm.operand(residual, row[:, None], column[None, :], inside)
     tl.store(y + row[:, None] * N + column[None, :], h.to(y.dtype.element_ty), mask=inside)
 
 
@@ -103,21 +115,42 @@ def linear(
     dtype: str,
 ) -> str | None:
     """`linear_w8a8`, or with `group_scale` `linear_w4a8_lowrank`."""
-    if x.dtype != torch.int8 or weight.dtype != torch.uint8 or not weight.is_contiguous():
+    if x.ndim < 1 or x_scale.shape != x.shape[:-1] or y.shape[:-1] != x.shape[:-1]:
+        return "x_scale: not one a row of x"
+    if residual is not None and residual.shape != y.shape:
+        return "residual: not of the result's shape"
+    codes = (x, 0, 0) if x.shape[-1] == 0 else _norm.matrix(x)
+    how = (x.shape[-1], weight, group_scale, weight_scale, bias, low, up, gate, residual, activation, dtype)
+    return product(y, codes, None, x_scale.reshape(-1), *how)
+
+
+def product(
+    y: Tensor,
+    x: tuple[Any, ...],
+    window: tuple[int, ...] | None,
+    x_scale: Tensor,
+    k: int,
+    weight: Tensor,
+    group_scale: Tensor | None,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    up: Tensor | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    dtype: str,
+) -> str | None:
+    """y, whose rows are of x's rows or windows, k codes each."""
+    if x[0].dtype != torch.int8 or weight.dtype != torch.uint8 or not weight.is_contiguous():
         return "x or weight: not int8 and uint8, or weight not contiguous"
     if x_scale.dtype != torch.float32 or weight_scale.dtype != torch.float32 or y.dtype not in _norm.FLOATS:
         return "a scale is not float32, or the result float64"
-    if any(t is not None and t.dtype not in _norm.FLOATS for t in (bias, low, up, gate, residual)):
-        return "bias, low, up, gate or residual: not float32, float16 or bfloat16"
-    if (
-        DTYPES.get(dtype) != y.dtype
-        or activation not in ACTIVATIONS
-        or x.ndim < 1
-        or weight_scale.ndim != 1
-        or x.shape[-1] > MOST
-    ):
+    if any(t is not None and t.dtype not in _norm.FLOATS for t in (bias, low, up)):
+        return "bias, low or up: not float32, float16 or bfloat16"
+    if DTYPES.get(dtype) != y.dtype or activation not in ACTIVATIONS or weight_scale.ndim != 1 or k > MOST:
         return "dtype, activation, x or weight_scale: not a known one"
-    n, k = weight_scale.shape[0], x.shape[-1]
+    n = weight_scale.shape[0]
     panels, group = triton.cdiv(n, COLUMNS), 1
     if group_scale is not None:
         if (found := group_of(group_scale, n, k)) is None or not group_scale.is_contiguous():
@@ -125,30 +158,26 @@ def linear(
         group = found
     if tuple(weight.shape) != (panels, triton.cdiv(k, DEPTH if group_scale is None else 2 * DEPTH), COLUMNS, DEPTH):
         return "weight: not packed for x's columns"
-    if x_scale.shape != x.shape[:-1] or y.shape != (*x.shape[:-1], n):
-        return "x_scale: not one a row of x"
-    if (bias is not None and bias.shape != (n,)) or (residual is not None and residual.shape != y.shape):
-        return "bias or residual: not of the result's shape"
+    if y.shape[-1] != n or (bias is not None and bias.shape != (n,)):
+        return "bias: not of the result's columns"
     if (low is None) != (up is None):
         return "low, up: one without the other"
     rank = 0 if up is None else up.shape[0]
-    if low is not None and up is not None and (low.shape != (*x.shape[:-1], rank) or up.shape != (rank, n)):
+    if low is not None and up is not None and (low.shape != (*y.shape[:-1], rank) or up.shape != (rank, n)):
         return "low or up: not [..., R] and [R, N]"
-    if gate is not None and (why := _norm.refusal(y, [gate], "layer", 0.0, "inside")):
+    if why := _norm.refusal(y, [gate, residual], "layer", 0.0, "inside"):
         return why
-    m = x_scale.numel()
-    if m * n == 0:
+    if y.numel() == 0:
         return None
-    codes = (x, 0, 0) if k == 0 else _norm.matrix(x)
-    scale = x_scale.reshape(-1)
+    m = y.numel() // n
     rows, block, step = (64, 64, 32) if m > 16 else (16, 64, 128)
     branch = low is not None and up is not None and rank > 0
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(y):
         _kernel[(triton.cdiv(m, rows) * triton.cdiv(n, block),)](
-            y, codes, (scale, scale.stride(0)), weight, group_scale, (weight_scale, weight_scale.stride(0)),
+            y, x, window, (x_scale, x_scale.stride(0)), weight, group_scale, (weight_scale, weight_scale.stride(0)),
             None if bias is None else (bias, bias.stride(0)),
-            _norm.matrix(low) if branch else None, (up, *up.stride()) if branch else None, _norm.meet(gate, y),
-            None if residual is None else _norm.matrix(residual), m, n, k, rank,
+            _norm.matrix(low) if branch else None, (up, *up.stride()) if branch else None,
+            _norm.meet(gate, y), _norm.meet(residual, y), m, n, k, rank,
             GROUP=group, MIXED=branch and low.dtype != up.dtype,
             GELU=activation == "gelu", TANH=activation == "gelu_tanh", SILU=activation == "silu",
             ROWS=rows, BLOCK=block, STEP=step, num_warps=8,
