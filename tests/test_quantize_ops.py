@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import diffkernels as dk
@@ -217,13 +218,134 @@ def test_codes_are_of_what_the_norm_writes(rung) -> None:
         assert (got.double() - expected.double()).abs().max() <= (1 if got.dtype is torch.int8 else 1e-7)
 
 
-@pytest.mark.parametrize("name", ["norm_quantize", "act_quantize"])
+def sampled(rung: str, x: Tensor, groups: int, *args, **kwargs) -> list[Tensor]:
+    with dk.rung(rung):
+        return ops.group_norm_quantize(x, groups, *args, **kwargs)
+
+
+def group_normed(x: Tensor, groups: int, weight: Tensor, bias: Tensor, activation: str = "silu") -> Tensor:
+    """PyTorch's own, in float64, channels last."""
+    h = F.group_norm(x.double().movedim(-1, 1), groups, weight.double(), bias.double(), 1e-5).movedim(1, -1)
+    return F.silu(h) if activation == "silu" else h
+
+
+@rungs
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 5, 7, 36), (2, 33, 65), (4, 12)])
+def test_a_sample_has_one_scale_and_h_is_within_half_a_step(rung, dtype, shape) -> None:
+    """Of torch's GroupNorm and SiLU in float64: no code is cut off."""
+    x, weight, bias = drawn(*shape, dtype=dtype), drawn(shape[-1], seed=1), drawn(shape[-1], seed=2)
+    for groups in (1, 12 if shape[-1] == 36 else shape[-1]):
+        for activation in ("silu", "none"):
+            h = group_normed(x, groups, weight, bias, activation)
+            codes, scale = sampled(rung, x, groups, weight, bias, activation=activation)
+            assert codes.shape == x.shape and scale.shape == x.shape[:1]
+            step = scale.double().view(-1, *[1] * (x.ndim - 1))
+            assert ((codes * step - h).abs() <= step / 2 * (1 + 1e-4)).all()
+            torch.testing.assert_close(step.flatten(), h.abs().flatten(1).amax(1) / 127, rtol=1e-6, atol=0)
+            assert codes.abs().flatten(1).amax(1).eq(127).all()
+
+
+@rungs
+@dtypes
+def test_where_all_is_below_silus_minimum_amax_is_a_bound(rung, dtype) -> None:
+    """No code is cut off, and the scale is larger than it need be only where an interval holds the minimum."""
+    x, weight, bias = drawn(3, 40, 24, dtype=dtype), torch.full([24], 0.05), torch.full([24], -1.2)
+    h, smooth = group_normed(x, 4, weight, bias), drawn(24, seed=3) + 2
+    for factor in (None, smooth):
+        value = h if factor is None else h * factor.double()
+        codes, scale = sampled(rung, x, 4, weight, bias, smooth=factor)
+        step, amax = scale.double()[:, None, None], value.abs().amax((1, 2))
+        assert ((codes * step - value).abs() <= step / 2 * (1 + 1e-4)).all()
+        most = 0.2784645427610738 * (1 if factor is None else factor.abs().max().item())
+        assert (scale * 127 >= amax * (1 - 1e-6)).all() and (scale * 127 <= most * (1 + 1e-6)).all()
+    low = sampled(rung, x, 4, weight, bias - 1)[1]  # none holds it
+    exact = group_normed(x, 4, weight, bias - 1).abs().amax((1, 2)) / 127
+    torch.testing.assert_close(low.double(), exact, rtol=1e-5, atol=0)
+
+
+@rungs
+def test_nan_and_infinity_reach_the_scale_of_their_sample(rung) -> None:
+    """Wherever they are; with groups an infinity is a NaN, its group's mean being none; other samples are as they were."""
+    nan, inf = torch.nan, torch.inf
+    for at in ((0, 0), (36, 2), (9, 34)):
+        for groups, activation in ((5, "silu"), (0, "none"), (0, "silu")):
+            x = drawn(7, 37, 35)
+            clean = sampled(rung, x, groups, activation=activation)
+            x[1][at], x[2][at], x[3][at], x[4][at], x[4][at[0] - 9, 3], x[5][at], x[5, 5, 5] = (
+                nan,
+                inf,
+                -inf,
+                inf,
+                nan,
+                inf,
+                -inf,
+            )
+            codes, scale = sampled(rung, x, groups, activation=activation)
+            assert scale[[1, 4]].isnan().all() and not codes[1:6].any()
+            if groups:
+                assert scale[1:6].isnan().all()
+            elif activation == "none":
+                assert scale[[2, 3, 5]].eq(inf).all()
+            else:  # silu of minus infinity
+                assert scale[2] == inf and scale[[3, 5]].isnan().all()
+            for sample in (0, 6):
+                assert torch.equal(codes[sample], clean[0][sample]) and scale[sample] == clean[1][sample]
+    for name in ("weight", "bias", "smooth"):
+        operand = torch.ones(35)
+        operand[33] = nan
+        codes, scale = sampled(rung, drawn(2, 3, 35), 5, **{name: operand})
+        assert scale.isnan().all() and not codes.any()
+
+
+@rungs
+def test_a_mean_far_from_zero_costs_no_digits(rung) -> None:
+    x, weight, bias = drawn(2, 900, 40) + 1000, drawn(40, seed=1), drawn(40, seed=2)
+    for first in (1000.0, 0.0):  # also where the first pixel is not like the others
+        x[:, 0] = first
+        h = group_normed(x, 8, weight, bias)
+        codes, scale = sampled(rung, x, 8, weight, bias)
+        torch.testing.assert_close(scale.double(), h.abs().amax((1, 2)) / 127, rtol=1e-4, atol=0)
+        assert (codes - h / scale[:, None, None]).abs().max() <= 0.52
+
+
+@rungs
+def test_a_sample_of_equal_values_or_of_none_has_scale_1(rung) -> None:
+    codes, scale = sampled(rung, torch.full((2, 9, 33), 5.25), 3)
+    assert not codes.any() and (scale == 1).all()
+    codes, scale = sampled(rung, drawn(2, 0, 3, 33), 3)
+    assert codes.shape == (2, 0, 3, 33) and (scale == 1).all()
+
+
+@pytest.mark.parametrize("rung", NATIVE)
+@pytest.mark.parametrize("shape", [(3, 1023, 65), (1, 70, 2049), (2, 5000, 3)])
+def test_any_number_of_threads_and_any_strides_give_a_sample_the_same_codes(rung, shape) -> None:
+    """Of several chunks, the last one of other pixels than the registers hold."""
+    x, adaptive = drawn(*shape), drawn(2, shape[0], shape[-1], seed=1)
+    expected, threads = sampled(rung, x, shape[-1], None, None, *adaptive), torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            for layout in (x, x.mT.contiguous().mT):
+                assert all(map(torch.equal, sampled(rung, layout, shape[-1], None, None, *adaptive), expected)), n
+    finally:
+        torch.set_num_threads(threads)
+
+
+@rungs
+@dtypes
+def test_without_norm_a_sample_of_one_pixel_is_a_row(rung, dtype) -> None:
+    x, smooth = drawn(9, 65, dtype=dtype), drawn(65, seed=1)
+    assert all(map(torch.equal, sampled(rung, x, 0, activation="none", smooth=smooth), coded("reference", x, smooth=smooth)))
+
+
+@pytest.mark.parametrize("name", ["norm_quantize", "act_quantize", "group_norm_quantize"])
 def test_a_gradient_is_refused_by_name(name) -> None:
-    x = drawn(3, 8).requires_grad_()
+    x, more = drawn(3, 8).requires_grad_(), (2,) * (name == "group_norm_quantize")
     with pytest.raises(RuntimeError, match=f"x: {name} has no gradient"):
-        getattr(ops, name)(x)
+        getattr(ops, name)(x, *more)
     with torch.no_grad():
-        assert getattr(ops, name)(x)[0].dtype is torch.int8
+        assert getattr(ops, name)(x, *more)[0].dtype is torch.int8
 
 
 def test_what_is_wrong_is_named() -> None:
@@ -242,3 +364,13 @@ def test_what_is_wrong_is_named() -> None:
         ops.act_quantize(x, smooth=torch.ones(7, dtype=torch.int8))
     with pytest.raises(ValueError, match="x: expected at least one column"):
         ops.act_quantize(drawn(2, 0))
+    with pytest.raises(ValueError, match="groups: expected 0, or a divisor of 7 channels, got 2"):
+        ops.group_norm_quantize(x, 2)
+    with pytest.raises(ValueError, match="activation: expected one of none, silu; got 'gelu'"):
+        ops.group_norm_quantize(x, 1, activation="gelu")
+    with pytest.raises(ValueError, match=r"scale: expected shape \[2, 7\], got \[7\]"):
+        ops.group_norm_quantize(x, 1, scale=drawn(7))
+    with pytest.raises(ValueError, match=r"x: expected at least two dimensions, \[B, ..., C\]; got shape \[7\]"):
+        ops.group_norm_quantize(x[0], 1)
+    with pytest.raises(ValueError, match="x: expected at least one column"):
+        ops.group_norm_quantize(drawn(2, 3, 0), 0)

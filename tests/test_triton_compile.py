@@ -128,6 +128,23 @@ def geglu(t):
         yield "_kernel", pointers("y", t) | matrices("a b", t) | {"D": "i32", "TANH": tanh, "BLOCK": 1024}, 4
 
 
+def group_norm_quantize(t):
+    "A ResBlock's norm with every operand; without a norm, of few channels; what is written once a channel is narrow."
+    where = pointers("x", t) | integers("x_sample x_pixel P C chunks") | {"x_channel": 1}
+    tile = {"PIXELS": 64, "CHANNELS": 64}
+    for norm, few in ((True, {}), (False, {"PIXELS": 1024, "CHANNELS": 4, "C": "i32"})):
+        yield "_look", pointers("parts", "fp32") | where | {"NORM": norm} | tile | few, 4, "STG", "LDG" if few else ""
+        fold = pointers("coefs parts", "fp32") | pointers("largest", "i32") | {"eps": "fp32"}
+        fold |= integers("P C chunks unit units")
+        given = dict.fromkeys("weight bias scale shift smooth".split(), None if few else "*" + t)
+        how = {"NORM": norm, "SILU": norm, "PIXELS": 64, "CHUNKS": 64 if norm else 16, "CHANNELS": 16 if norm else 64}
+        yield "_fold", fold | given | how, 8, "LDG", "STG"
+        codes = pointers("codes", "i8") | pointers("coefs inverses", "fp32") | where | {"smooth": given["smooth"], "SILU": norm}
+        yield "_codes", codes | tile | few, 4, "STG", "LDG" if few else ""
+    scale = pointers("scales inverses", "fp32") | pointers("largest", "i32") | {"units": "i32", "BLOCK": 32}
+    yield "_scale", scale, 1, "LDG", "STG"
+
+
 def linear_w8a8(t):
     "Every epilogue, with a branch and without, at the tile of many rows and that of few; codes come by cp.async or in words."
     given = {"y": "*" + t, "weight": "*u8", "weight_scale": ("*fp32", 1), "x_scale": ("*fp32", 1)} | integers("M N K R")

@@ -8,6 +8,7 @@ from .decode_attention import decode_attention
 from .depthwise_conv2d import depthwise_conv2d
 from .gate_residual_norm import gate_residual_norm
 from .geglu import geglu
+from .group_norm_quantize import group_norm_quantize
 from .linear_w4a8_lowrank import code_w4, linear_w4a8_lowrank, pack_w4, unpack_w4
 from .linear_w8a8 import linear_w8a8, pack_w8, unpack_w8
 from .norm_backward import norm_backward
@@ -31,6 +32,7 @@ __all__ = [
     "depthwise_conv2d",
     "gate_residual_norm",
     "geglu",
+    "group_norm_quantize",
     "linear_w4a8_lowrank",
     "linear_w8a8",
     "norm_backward",

@@ -61,8 +61,13 @@ def rows(h: Tensor, smooth: Tensor | None, rotate: int) -> list[Tensor]:
         h = h * smooth.to(h.dtype)
     if rotate:
         h = rotated(h, rotate)
-    amax = h.abs().amax(-1, keepdim=True)  # NaN where one is
+    codes, scale = coded(h, h.abs().amax(-1, keepdim=True), (rotate or 1) ** -0.5)  # NaN where one is
+    return [codes, scale.squeeze(-1)]
+
+
+def coded(h: Tensor, amax: Tensor, norm: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The codes of wide h, no larger than amax [..., 1], and amax / 127 · norm; where amax is not finite the codes are 0."""
     inverse = torch.full_like(amax, 127) / amax  # 127 / amax would be 127 times the rounded 1 / amax
     codes = (h * inverse).round()  # half to even
     codes = torch.where((amax > LEAST) & amax.isfinite(), codes, torch.zeros_like(codes)).to(torch.int8)
-    return [codes, torch.where(amax <= LEAST, torch.ones_like(amax), amax / 127 * (rotate or 1) ** -0.5).squeeze(-1)]
+    return codes, torch.where(amax <= LEAST, torch.ones_like(amax), amax / 127 * norm)
