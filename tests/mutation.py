@@ -167,6 +167,20 @@ MUTATIONS = [
         kernel("norm_quantize"),
     ),
     Mutation(
+        "group_norm_quantize: silu's minimum between the extremes forgotten",
+        "csrc/cpu/group_norm_quantize.cpp",
+        "if (c.silu) reach = larger(crossed",
+        "if (false) reach = larger(crossed",
+        ("tests/test_quantize_ops.py", "amax_is_a_bound"),
+    ),
+    Mutation(
+        "group_norm_quantize: a group's channels about means of their own",
+        "csrc/cpu/group_norm_quantize.cpp",
+        "squares += p[kSquares * w] + count * (v - mean) * (v - mean);",
+        "squares += p[kSquares * w] + 0 * count * v;",
+        kernel("group_norm_quantize"),
+    ),
+    Mutation(
         "act_quantize: a gated row's halves swapped",
         "csrc/cpu/act_quantize.cpp",
         "h.put(i, value(a.at(i), kGated ? b.at(i) : Pair{}), kPair);",
