@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .nn import Fusable, QuantizedLinear, RMSNorm, uncoded, watched
+from .nn import Fusable, Quantized, QuantizedConv2d, QuantizedLinear, RMSNorm, channels_last, other_than, uncoded, watched
 from .ops._linear import COLUMNS
 
 
@@ -46,12 +46,13 @@ class Report:
 def fuse_(model: nn.Module) -> Report:
     """Lets norms, activations and Linears of a quantized model hand 8-bit codes to each other, in place, for inference.
 
-    A `QuantizedLinear` codes its input in a pass of its own. Fused, the norm or activation before it writes the codes
-    (`ops.norm_quantize`, `ops.act_quantize`), and a DiT block's gates and residuals go into the Linears' epilogues
-    (`ops.linear_w8a8`). That is done where it is proven from the types and settings of the modules: in blocks and MLPs of
-    `models.DiT`, MLPs of `models.DiMR` and whatever else is a `nn.Fusable`; in diffusers' FeedForward with GELU, GEGLU, SiLU or
-    SwiGLU; in an `nn.Sequential`, where a QuantizedLinear follows a GELU, SiLU, LayerNorm or RMSNorm (a Dropout that does
-    nothing may stand between). The rest is left alone, with the reason in the report.
+    A quantized layer codes its input in a pass of its own. Fused, the norm or activation before it writes the codes
+    (`ops.norm_quantize`, `ops.act_quantize`, `ops.group_norm_quantize`), and a DiT block's gates and residuals go into the
+    Linears' epilogues (`ops.linear_w8a8`). That is done where it is proven from the types and settings of the modules: in
+    blocks and MLPs of `models.DiT`, MLPs of `models.DiMR` and whatever else is a `nn.Fusable`; in diffusers' ResnetBlock2D, and
+    their FeedForward with GELU, GEGLU, SiLU or SwiGLU; in an `nn.Sequential`, where a QuantizedLinear follows a GELU, SiLU,
+    LayerNorm or RMSNorm, or a QuantizedConv2d a GroupNorm, a SiLU or both (a Dropout that does nothing may stand between). The
+    rest is left alone, with the reason in the report.
 
     The proof is repeated in each call: in training mode, or with hooks on an inner layer (so under `compare`), the layers
     are called as before. Results differ by roundings that the fused form does not make: inputs are [..., D], float32,
@@ -87,7 +88,7 @@ def fuse_(model: nn.Module) -> Report:
             elif module.plain is not None:
                 del module.fused
                 module.__class__ = module.plain  # type: ignore[assignment]
-        elif isinstance(module, QuantizedLinear) and module not in explained:
+        elif isinstance(module, Quantized) and module not in explained:
             around = f"in {_kind(model.get_submodule(name.rpartition('.')[0]))}, of which no pattern is known"
             report.modules.append(Fusion(name, _kind(module), reason=around if name else "the model itself"))
     return report
@@ -95,10 +96,12 @@ def fuse_(model: nn.Module) -> Report:
 
 def _other_class(module: nn.Module) -> type[Fusable] | None:
     """For a module of others that may have a fused form, its class with both forms; `fuse_` goes back where there is none."""
-    if type(module) is nn.Sequential and any(isinstance(layer, QuantizedLinear) for layer in module):
+    if type(module) is nn.Sequential and any(isinstance(layer, Quantized) for layer in module):
         return FusedSequential
     kind: Any = type(module)
-    return _feed_forward(kind) if _diffusers(module, "attention") == "FeedForward" else None
+    if _diffusers(module, "attention") == "FeedForward":
+        return _fused(_FeedForward, kind)
+    return _fused(_ResnetBlock, kind) if _diffusers(module, "resnet") == "ResnetBlock2D" else None
 
 
 def _kind(module: nn.Module) -> str:
@@ -121,43 +124,66 @@ class FusedSequential(Fusable, nn.Sequential):
         return _listed(self._pairs()[1])
 
     def covers(self) -> list[nn.Module]:
-        return [layer for layer in self if isinstance(layer, QuantizedLinear)]
+        return [layer for layer in self if isinstance(layer, Quantized)]
 
     def _pairs(self) -> tuple[dict[str, str], dict[str, str]]:
-        """From the name of each layer that can write codes to that of the Linear behind it; and why other Linears have none."""
+        """From the name of each layer that can write codes to that of the product behind it; and why others have none."""
         pairs: dict[str, str] = {}
         alone: dict[str, str] = {}
-        before = ""
+        before: list[str] = []
         for name, layer in self._modules.items():
             assert layer is not None
-            if isinstance(layer, QuantizedLinear):
-                why = uncoded(name, layer)
-                why = why or (_mute(before, self._modules[before], layer.in_features) if before else "it comes first")
+            if isinstance(layer, Quantized):
+                writer, why = self._writer(before, layer)
+                why = other_than(QuantizedConv2d if isinstance(layer, QuantizedConv2d) else QuantizedLinear, name, layer) or why
                 if why is None:
-                    pairs[before] = name
+                    pairs[writer] = name
                 else:
                     alone[name] = why
             if not _idle(layer):
-                before = name
+                before.append(name)
         return pairs, alone
+
+    def _writer(self, before: list[str], layer: Quantized) -> tuple[str, str | None]:
+        """Of the layers before a product the first of those that can write its codes, and why they can't, or None."""
+        run = before[-1:]
+        if isinstance(layer, QuantizedConv2d) and before and type(self._modules[before[-1]]) is nn.SiLU:
+            norm = self._modules[before[-2]] if len(before) > 1 else None
+            run = before[-2:] if type(norm) is nn.GroupNorm else run
+        whys = [_mute(name, self._modules[name], layer) for name in run]
+        return (run[0], next(filter(None, whys), None)) if run else ("", "it comes first")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fuses() or _autocast():
             return super().forward(x)
         pairs, layers = self._pairs()[0], iter(self._modules.items())
         for name, layer in layers:
-            if name not in pairs:
+            after: Any = self._modules[pairs[name]] if name in pairs else None
+            picture = isinstance(after, QuantizedConv2d)
+            if after is None or (picture and x.ndim != 4):
                 x = layer(x)  # type: ignore[misc]
                 continue
-            linear: QuantizedLinear = self._modules[pairs[name]]  # type: ignore[assignment]
-            x = linear.from_codes(CODED[type(layer)](layer, x, linear.coding), x.dtype)  # type: ignore[index]
-            for passed, _ in layers:  # the Linear, and before it a Dropout that does nothing
+            activation, dtype = "silu" if type(layer) is nn.SiLU else "none", x.dtype
+            for passed, between in layers:  # a SiLU of a GroupNorm, a Dropout that does nothing; the product
                 if passed == pairs[name]:
                     break
+                activation = "silu" if type(between) is nn.SiLU else activation
+            if picture:
+                norm = layer if isinstance(layer, nn.GroupNorm) else None
+                x = after.from_codes(_group_norm(norm, channels_last(x), after, activation), dtype).permute(0, 3, 1, 2)
+            else:
+                x = after.from_codes(CODED[type(layer)](layer, x, after.coding), dtype)  # type: ignore[index]
         return x
 
 
-class _FeedForward(Fusable):
+class _OfDiffusers(Fusable):
+    """A class of theirs, fused: made where it is wanted, for diffusers need not be there."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # copies and pickles name the class's parent
+        return _made, (type(self).__mro__[1], self.plain), self.__dict__
+
+
+class _FeedForward(_OfDiffusers):
     """diffusers' FeedForward, fused. net: their activation, which begins with a Linear; Dropout; Linear; perhaps Dropout."""
 
     net: Any
@@ -193,17 +219,82 @@ class _FeedForward(Fusable):
             h = first.proj.from_codes(coded, x.dtype)
         return last.from_codes(ops.act_quantize(h, activation, **last.coding), x.dtype)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # the class is made where it is wanted: copies and pickles name its parent
-        return _made, (self.plain,), self.__dict__
+
+class _ResnetBlock(_OfDiffusers):
+    """diffusers' ResnetBlock2D, fused: each GroupNorm with its SiLU writes the codes of the convolution behind it."""
+
+    norm1: Any
+    norm2: Any
+    conv1: Any
+    conv2: Any
+    conv_shortcut: Any
+    time_emb_proj: Any
+    nonlinearity: Any
+    dropout: Any
+    upsample: Any
+    downsample: Any
+    skip_time_act: bool
+    time_embedding_norm: str
+    output_scale_factor: float
+
+    def chain(self) -> str:
+        return "norm1 → codes, conv1 + time, norm2 → codes, conv2 + residual"
+
+    def obstacle(self) -> str | None:
+        if self.upsample is not None or self.downsample is not None:
+            return "resizes between norm1 and conv1"
+        if self.time_emb_proj is None and self.time_embedding_norm == "scale_shift":
+            return "scales by time, of which it has no projection"
+        if type(self.nonlinearity) is not nn.SiLU or watched("", self.nonlinearity):
+            return f"nonlinearity: {_kind(self.nonlinearity)} has no kernel"
+        if not _idle(self.dropout):
+            return "dropout is no idle Dropout"
+        for i in ("1", "2"):
+            norm, conv = getattr(self, f"norm{i}"), getattr(self, f"conv{i}")
+            why = other_than(nn.GroupNorm, f"norm{i}", norm) or other_than(QuantizedConv2d, f"conv{i}", conv)
+            if why is not None:
+                return why
+        return None
+
+    def rest(self) -> str | None:
+        return "conv_shortcut codes its own input" if type(self.conv_shortcut) is QuantizedConv2d else None
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        odd = args or kwargs or input_tensor.ndim != 4 or (temb is None) != (self.time_emb_proj is None)
+        if odd or not self.fuses() or _autocast():
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x, dtype = channels_last(input_tensor), input_tensor.dtype
+        time: Any = None
+        scale: tuple[Tensor, ...] = ()
+        if self.time_emb_proj is not None:
+            time = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+            if self.time_embedding_norm == "scale_shift":
+                time, scale = None, time.chunk(2, 1)
+        h = self.conv1.from_codes(_group_norm(self.norm1, x, self.conv1, "silu"), dtype, residual=time)
+        coded = _group_norm(self.norm2, h, self.conv2, "silu", *scale)
+        if self.conv_shortcut is not None:
+            x = channels_last(self.conv_shortcut(input_tensor))
+        y = self.conv2.from_codes(coded, dtype, residual=x).permute(0, 3, 1, 2)
+        return y if self.output_scale_factor == 1 else y / self.output_scale_factor
+
+
+def _group_norm(norm: nn.GroupNorm | None, x: Tensor, conv: QuantizedConv2d, activation: str, *scale: Tensor) -> list[Tensor]:
+    """The codes of a convolution's input; `scale` and shift, [B, C], follow the norm."""
+    if norm is None:
+        return ops.group_norm_quantize(x, 0, smooth=conv.smooth, activation=activation)
+    how = dict(zip(("scale", "shift"), scale, strict=False))
+    return ops.group_norm_quantize(
+        x, norm.num_groups, norm.weight, norm.bias, smooth=conv.smooth, activation=activation, eps=norm.eps, **how
+    )
 
 
 @functools.cache
-def _feed_forward(plain: Any) -> type[Fusable]:
-    return type(f"Fused{plain.__name__}", (_FeedForward, plain), {"plain": plain})
+def _fused(form: Any, plain: Any) -> type[Fusable]:
+    return type(f"Fused{plain.__name__}", (form, plain), {"plain": plain})
 
 
-def _made(plain: Any) -> nn.Module:
-    kind = _feed_forward(plain)
+def _made(form: Any, plain: Any) -> nn.Module:
+    kind = _fused(form, plain)
     return kind.__new__(kind)
 
 
@@ -244,15 +335,19 @@ def _idle(layer: nn.Module) -> bool:
     return type(layer) is nn.Identity or (type(layer) is nn.Dropout and not (layer.training and layer.p))
 
 
-def _mute(name: str, layer: nn.Module | None, columns: int) -> str | None:
-    """Why a layer can't write the codes of a Linear's [..., columns] instead of its result, or None."""
+def _mute(name: str, layer: nn.Module | None, after: Quantized) -> str | None:
+    """Why a layer can't write the codes of a product's input instead of its result, or None."""
     assert layer is not None
-    if type(layer) not in CODED:
+    picture = isinstance(after, QuantizedConv2d)
+    columns = after.in_channels if picture else after.in_features
+    if type(layer) not in ((nn.GroupNorm, nn.SiLU) if picture else CODED):
         return f"{_kind(layer)} writes no codes"
     if isinstance(layer, nn.SiLU) and layer.inplace:
         return f"{name} writes into its input"
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm) and tuple(layer.normalized_shape) != (columns,):
         return f"{name} norms {list(layer.normalized_shape)}, not [{columns}]"
+    if isinstance(layer, nn.GroupNorm) and layer.num_channels != columns:
+        return f"{name} norms {layer.num_channels} channels, not {columns}"
     if isinstance(layer, nn.RMSNorm) and layer.eps is None:
         return f"{name} has no eps"
     return watched(name, layer)

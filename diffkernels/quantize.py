@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .models.checkpoint import KINDS
-from .nn.quantized import QuantizedLinear
+from .nn.quantized import Quantized, QuantizedConv2d, QuantizedLinear
 from .ops._linear import COLUMNS
 from .ops._quantize import ROTATIONS
 from .ops.linear_w4a8_lowrank import GROUPS
@@ -19,7 +19,10 @@ from .ops.linear_w4a8_lowrank import GROUPS
 RECIPES = (*KINDS, "auto")
 # The first and the last layers and the modulations: few of a model's products, much of its error (Q-DiT, ViDiT-Q).
 # DiMR reads the weights of its upsampling and its long skips: they would be unpacked in every call.
-SENSITIVE = ("*embed*", "*adaLN*", "*norm*.linear", "final_layer*", "proj_out*", "*upsample*", "*skip_dense*")
+SENSITIVE = (
+    *("*embed*", "*input_layer*", "conv_in", "*adaLN*", "*norm*.linear", "*upsample.*", "*skip_dense*"),
+    *("final_layer*", "proj_out*", "conv_out", "*output_layer*"),
+)
 
 LEAST_SQNR = 30.0  # dB: with less, a weight's rounding is most of the error that 8 bits make
 
@@ -34,9 +37,10 @@ class Recipe:
     "auto" is "int8" where that pays: a layer stays as it is where `predicted_gain` at `rows` rows, a call's samples times
     tokens, is no more than 1; it is rotated where its weight's SQNR is under 30 dB, and stays where that does not help.
     `balance`: the 16-bit operations that the machine does while it moves a byte: two cores with matrix tiles 120 to 200.
-    `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations and the last layer;
-    `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights smaller than this stay: their products
-    take less time than the codes.
+    `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations, first and last
+    layers; `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights smaller than this stay: their
+    products take less time than the codes.
+    Convolutions have 8 bits (`ops.conv2d_w8a8`), with a scale a sample, and are not rotated.
     `smooth`: "none"; "weight", the square root of each column's largest weight goes over to the input: for weights with a few
     large columns; or a function that is given the model and runs it on a few inputs: weight and input then share what is large
     in either (SmoothQuant, alpha = 1/2), but for layers that it does not call.
@@ -86,10 +90,13 @@ class Recipe:
             return "skipped by name"
         if self.filter_fn is not None and not self.filter_fn(name, layer):
             return "not wanted by filter_fn"
-        if isinstance(layer, nn.modules.conv._ConvNd):
-            return "no kernel for convolutions"
-        if type(layer) is not nn.Linear or hasattr(layer, "parametrizations"):
-            return f"a subclass or a parametrization: {type(layer).__name__}"
+        if not (type(layer) is nn.Linear or type(layer) is nn.Conv2d) or hasattr(layer, "parametrizations"):
+            return f"a subclass, another convolution or a parametrization: {type(layer).__name__}"
+        if type(layer) is nn.Conv2d:
+            if self.kind == "w4a8_lowrank":
+                return "no kernel of 4 bits for convolutions"
+            if (why := QuantizedConv2d.unfit(layer)) is not None:
+                return f"no kernel: {why}"
         if layer._forward_hooks or layer._forward_pre_hooks:
             return "has hooks"
         if not layer.weight.is_floating_point() or layer.weight.dtype == torch.float64 or layer.weight.is_meta:
@@ -102,8 +109,10 @@ class Recipe:
             return f"no gain: {gain:.2f} times as fast, as predicted for {self.rows} rows"
         return None
 
-    def coded(self, layer: nn.Linear, smooth: Tensor | None = None) -> QuantizedLinear:
+    def coded(self, layer: nn.Linear | nn.Conv2d, smooth: Tensor | None = None) -> Quantized:
         """What takes a layer's place."""
+        if isinstance(layer, nn.Conv2d):
+            return QuantizedConv2d.of(layer, smooth)
         rotate, how = self.columns(layer.in_features), {}
         if self.kind == "w4a8_lowrank":
             how = {"bits": 4, "group": self.group, "rank": self.rank}
@@ -156,7 +165,7 @@ class Report:
 
 
 def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
-    """Replaces the Linear layers of `model` by ones of 8-bit or 4-bit codes, in place, for inference; no data is needed.
+    """Replaces the Linears and convolutions of `model` by ones of 8-bit or 4-bit codes, in place, for inference, without data.
 
     Args:
         model: any module; a layer that stands in several places stays one.
@@ -188,7 +197,7 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
         if why is not None:
             report.layers.append(Layer(name, None, shape, size, size, reason=why))
             continue
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
         smooth = shared(layer.weight, seen.get(layer)) if recipe.smooth == "weight" or layer in seen else None
         new, gain = recipe.coded(layer, smooth), predicted_gain(layer, recipe)
         found = sqnr(layer.weight, new.weight)
@@ -205,26 +214,27 @@ def quantize_(model: nn.Module, recipe: Recipe | str = "int8") -> Report:
     return report
 
 
-def predicted_gain(layer: nn.Linear, recipe: Recipe) -> float:
+def predicted_gain(layer: nn.Linear | nn.Conv2d, recipe: Recipe) -> float:
     """How many times as fast as in 16 bits a layer of codes is at `recipe.rows` rows, both as fast as a roofline lets them be.
 
     A byte of memory takes the time of `recipe.balance` operations in 16 bits, or of twice as many in 8. The input is coded in a
     pass of its own, which `fuse_` takes away again: with it the gain is larger.
     """
-    (n, k), m = layer.weight.shape, recipe.rows
+    n, k, m = len(layer.weight), layer.weight[0].numel(), recipe.rows
+    columns = layer.weight.shape[1]  # of the input: of a convolution fewer than of its windows
     balance, four = recipe.balance, recipe.kind == "w4a8_lowrank"
-    wide = max(2 * m * n * k / balance, 2 * (n * k + m * k + m * n))
+    wide = max(2 * m * n * k / balance, 2 * (n * k + m * columns + m * n))
     r = min(recipe.rank, n, k) if four else 0
     weight = n * k / 2 + n * k / recipe.group + -(-r // COLUMNS) * COLUMNS * k + 2 * r * n if four else n * k
     operations = m * (n + r) * k + 2 * m * n * r  # in 16 bits' time: two in 8 bits take that of one
-    narrow = max(operations / balance, weight + m * k + 2 * m * n) + 3 * m * k
+    narrow = max(operations / balance, weight + m * columns + 2 * m * n) + 3 * m * columns
     return wide / narrow
 
 
 def shared(weight: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Of a weight [N, K] what its input is multiplied by, float32 [K]: the root of each column's largest weight, over that of
-    its largest input, `seen`, [K], where some were; with a geometric mean of 1."""
-    logarithm = _logarithm(weight.detach().float().abs().amax(0))
+    """Of a weight [N, K, ...] what its input is multiplied by, float32 [K]: the root of each column's largest weight, over that
+    of its largest input, `seen`, [K], where some were; with a geometric mean of 1."""
+    logarithm = _logarithm(weight.detach().float().abs().transpose(0, 1).flatten(1).amax(1))
     logarithm = (logarithm if seen is None else logarithm - _logarithm(seen)) / 2
     return (logarithm - logarithm.mean()).exp()
 
@@ -240,6 +250,7 @@ def _seen(model: nn.Module, layers: Sequence[nn.Module], run: Callable[[nn.Modul
 
     def look(layer: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         x = args[0] if args else named["input"]
+        x = x.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else x
         if x.numel():
             found = x.detach().float().abs().reshape(-1, x.shape[-1]).amax(0)
             largest[layer] = torch.maximum(largest[layer], found) if layer in largest else found

@@ -285,8 +285,8 @@ def test_the_report_has_every_layer_and_the_reason() -> None:
         "a": None,
         "x_embedder": "skipped by name",
         "small": "fewer than 16384 weights",
-        "odd": "a subclass or a parametrization: Odd",
-        "conv": "no kernel for convolutions",
+        "odd": "a subclass, another convolution or a parametrization: Odd",
+        "conv": "fewer than 16384 weights",
         "hooked": "has hooks",
         "unwanted": "not wanted by filter_fn",
         "wide": "its weight is torch.float64 on cpu",
@@ -565,9 +565,12 @@ def rewritten(path, change) -> None:
         (lambda _, found: found["quantized"].update(kind="int3"), "quantized: expected kind int8 or w4a8_lowrank"),
         (
             lambda _, found: found["quantized"]["layers"].append("blocks.0"),
-            "expected the names of Linear layers, got 'blocks.0'",
+            "expected the names of Linear layers and convolutions, got 'blocks.0'",
         ),
-        (lambda _, found: found["quantized"]["layers"].append(3), "expected the names of Linear layers, got 3"),
+        (
+            lambda _, found: found["quantized"]["layers"].append(3),
+            "the names of Linear layers and convolutions, got 3",
+        ),
         (lambda _, found: found["quantized"]["layers"].pop(), "misses"),
         (
             lambda state, _: state.update({"blocks.0.attn.qkv.qweight": state["blocks.0.attn.qkv.qweight"].float()}),

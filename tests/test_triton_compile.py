@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 
 HOW = {"LAYER": True, "INSIDE": True}
 UNFUSED = ("solver_step", "row_abs_quantile")  # launched so, for the sake of equal bits
-ANY = ("T", "B", "coef_step", "coef_sample", "unit", "runs", "rows", "rank", "chunks", "H", "W", "window")  # as a rule no multiples of 16
+ANY = ("T", "B", "coef_step", "coef_sample", "unit", "runs", "rows", "rank", "chunks", "H", "W", "window")  # often odd
 
 
 def pointers(names, t):

@@ -22,6 +22,7 @@ PRODUCTS = (
     "baddbmm",
     "linear",
     "convolution",
+    "conv2d_w8a8",
     "attention",
     "embedding",
     "empty",

@@ -214,6 +214,26 @@ def xformers(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     return lambda given: lambda: attend(given["q"], given["k"], given["v"], scale=scale)
 
 
+def _float_conv(op: Op, given: dict[str, Any]) -> Call:
+    """What a quantized convolution's codes stand for, in the result's dtype: one call, and a pass for the residual."""
+    kwargs = op.optional | given
+    x, scale, size, dtype = kwargs["x"], kwargs["weight_scale"], kwargs["kernel"], DTYPES[kwargs["dtype"]]
+    bias, residual = kwargs["bias"], kwargs["residual"]
+    if kwargs["gate"] is not None or kwargs["activation"] != "none":
+        raise Skip("has neither gate nor activation")
+    c, n, how = x.shape[-1], scale.shape[0], (kwargs["stride"], kwargs["padding"], kwargs["dilation"])
+    layer = nn.Conv2d(c, n, size, *how, bias=bias is not None, device=x.device, dtype=dtype).requires_grad_(False)
+    codes = unpack_w8(kwargs["weight"], n, size * size * c).unflatten(1, (size, size, c)).permute(0, 3, 1, 2)
+    layer.weight.copy_(codes * scale[:, None, None, None])
+    if layer.bias is not None:
+        layer.bias.copy_(bias)
+    layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    wide = (x * kwargs["x_scale"][:, None, None, None]).to(dtype).permute(0, 3, 1, 2)
+    if residual is None:
+        return lambda: layer(wide).permute(0, 2, 3, 1)
+    return lambda: layer(wide).permute(0, 2, 3, 1) + residual
+
+
 def _float_linear(op: Op, kwargs: dict[str, Any]) -> tuple[nn.Linear, Callable[[Tensor], Tensor], Tensor]:
     """What a quantized Linear's codes stand for, in the result's dtype: the layer, what follows it, and its input."""
     if op.name != "linear_w8a8":
@@ -231,7 +251,10 @@ def _float_linear(op: Op, kwargs: dict[str, Any]) -> tuple[nn.Linear, Callable[[
 
 
 def linear(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
-    """PyTorch's Linear of the case's dtype, not quantized at all."""
+    """PyTorch's Linear, or its Conv2d, of the case's dtype, not quantized at all."""
+    if op.name == "conv2d_w8a8":
+        call = _float_conv(op, kwargs)
+        return lambda given: call
     layer, activation, x = _float_linear(op, kwargs)
     return lambda given: lambda: activation(layer(x))
 

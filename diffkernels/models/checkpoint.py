@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ..nn import QuantizedLinear
+from ..nn import Quantized, QuantizedConv2d, QuantizedLinear
 from ..ops.linear_w4a8_lowrank import GROUPS, check_w4
 
 FORMAT = 1
@@ -203,7 +203,7 @@ def _build(path: Path, metadata: Mapping[str, str], file: Any) -> nn.Module:
 
 
 def _quantized_layers(model: nn.Module) -> list[str]:
-    return [name for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
+    return [name for name, layer in model.named_modules() if isinstance(layer, Quantized)]
 
 
 def _kind(model: nn.Module, layers: Sequence[str]) -> str:
@@ -220,10 +220,14 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
     modules, names = dict(model.named_modules()), set(file.keys())
     for name in said["layers"]:
         layer = modules.get(name) if isinstance(name, str) else None
-        if type(layer) is not nn.Linear:
-            raise CheckpointError(f"{path}: quantized: expected the names of Linear layers, got {name!r}")
+        if type(layer) is not nn.Linear and (type(layer) is not nn.Conv2d or QuantizedConv2d.unfit(layer)):
+            raise CheckpointError(f"{path}: quantized: expected the names of Linear layers and convolutions, got {name!r}")
         parent, _, last = name.rpartition(".")
         has = (layer.bias is not None, f"{name}.smooth" in names)
+        if isinstance(layer, nn.Conv2d):
+            conv = QuantizedConv2d(*QuantizedConv2d.settings(layer), *has, device="meta")
+            setattr(modules[parent], last, conv)
+            continue
         rotate = _setting(path, file, f"{name}.rotate") if f"{name}.rotate" in names else 0
         groups, down = (
             _shape(file, f"{name}.{part}") if f"{name}.{part}" in names else None for part in ("group_scale", "down")

@@ -15,7 +15,7 @@ from .norms import (
     TimeDependentRMSNorm,
     TimeTable,
 )
-from .quantized import QuantizedLinear, SideBranch
+from .quantized import Quantized, QuantizedConv2d, QuantizedLinear, SideBranch, channels_last
 from .rope import axial_rope, rope_table
 from .stack import Stack, StackedLinear
 from .transformer import Attention, Mlp, attend
@@ -31,6 +31,8 @@ __all__ = [
     "LabelEmbedder",
     "Mlp",
     "PatchEmbed",
+    "Quantized",
+    "QuantizedConv2d",
     "QuantizedLinear",
     "RMSNorm",
     "ScheduledTimes",
@@ -44,6 +46,7 @@ __all__ = [
     "TimestepEmbedder",
     "attend",
     "axial_rope",
+    "channels_last",
     "concat_linear",
     "concat_norm_linear",
     "other_than",

@@ -1,4 +1,4 @@
-"""Linear layers of 8-bit or 4-bit codes."""
+"""Linear layers and convolutions of 8-bit or 4-bit codes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,99 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._linear import COLUMNS
+from ..ops._linear import COLUMNS, MOST
 from ..ops._quantize import check_rotation, rotated
 from ..ops.linear_w4a8_lowrank import GROUPS
 
 
-class QuantizedLinear(nn.Module):
+class Quantized(nn.Module):
+    """What layers of codes share: a weight's parts come and go together in state dicts, and keep their dtypes.
+
+    A layer has what a state dict names: `_blank(device)` are a weight's codes before there are any, `_pack` takes codes as this
+    machine reads them, `_unpacked()` gives them back.
+    """
+
+    packed: Tensor
+    weight_scale: Tensor
+    group_scale: Tensor | None
+    down: Tensor | None
+    down_scale: Tensor | None
+    up: Tensor | None
+    smooth: Tensor | None
+    bits, rank, rotate = 8, 0, 0
+    branches: Sequence[SideBranch] = ()  # what is added to the map, and is in no codes and no state dict
+
+    def _blank(self, device: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Codes, group scales and the branch's codes, as a state dict has them."""
+        raise NotImplementedError
+
+    def _pack(self, codes: Tensor, group_scale: Tensor | None, down: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _unpacked(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """What the weight takes, in bytes: codes, scales and branch."""
+        parts = (self.packed, self.group_scale, self.weight_scale, self.down, self.down_scale, self.up)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantized:
+        for branch in self.branches:
+            branch._apply(fn, recurse)
+        exact = {name: getattr(self, name) for name in SCALES}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():  # .half() and .to(dtype) are about the model's arithmetic
+            if before is not None and getattr(self, name).dtype != before.dtype:
+                setattr(self, name, before.to(self.packed.device))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, t in zip(CODES, self._unpacked(), strict=True):
+            if t is not None:
+                destination[prefix + name] = t
+        if self.rotate:
+            destination[prefix + "rotate"] = torch.tensor(self.rotate, dtype=torch.int32)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        # The weight's parts come together or not at all: old codes with new scales would be another weight.
+        words = (missing, unexpected, errors)
+        before, given = sum(map(len, words)), list[Tensor | None]()
+        if (rotate := int(state_dict.pop(prefix + "rotate", 0))) != self.rotate:
+            errors.append(f"{prefix}rotate: expected {self.rotate}, got {rotate}")
+        keeps = self.packed.is_meta or local_metadata.get("assign_to_params_buffers")
+        blank = dict(zip(CODES, self._blank("meta"), strict=True))
+        for name in CODES + SCALES:
+            key, own = prefix + name, blank[name] if name in CODES else getattr(self, name)
+            t = state_dict.pop(key, None) if name in CODES or own is None else state_dict.get(key)
+            if own is None and t is not None:
+                unexpected.append(key)
+            elif own is not None and t is None:
+                missing.append(key)
+            elif own is not None and (t.shape != own.shape or (name in CODES and t.dtype != own.dtype)):
+                wanted = f"{str(own.dtype).removeprefix('torch.')} {list(own.shape)}"
+                errors.append(f"{key}: expected {wanted}, got {t.dtype} {list(t.shape)}")
+            if name in CODES:
+                given.append(t if t is None or keeps else t.to(self.packed.device))
+        if sum(map(len, words)) == before:
+            try:
+                self._pack(*given)  # type: ignore[arg-type]
+            except ValueError as error:
+                errors.append(f"{prefix}{error}")
+        if sum(map(len, words)) > before:
+            state_dict |= {prefix + name: own for name in SCALES if (own := getattr(self, name)) is not None}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+class QuantizedLinear(Quantized):
     """A Linear whose weight and input are codes, for inference: [..., in_features] -> [..., out_features].
 
     The input has 8-bit codes with one scale a row, found anew in each call: nothing is calibrated. The weight has codes of
@@ -30,14 +117,6 @@ class QuantizedLinear(nn.Module):
     [rank, in_features], `down_scale`, float32 [rank], and `up`, bfloat16 [rank, out_features]; `smooth`, float32; `rotate`,
     int32.
     """
-
-    packed: Tensor
-    weight_scale: Tensor
-    group_scale: Tensor | None
-    down: Tensor | None
-    down_scale: Tensor | None
-    up: Tensor | None
-    smooth: Tensor | None
 
     def __init__(
         self,
@@ -71,10 +150,9 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("up", torch.zeros(rank, out_features, device=device, dtype=torch.bfloat16) if rank else None)
         self.register_buffer("smooth", torch.ones(in_features, device=device) if smooth else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.branches: list[SideBranch] = []  # what is added to the map, and is in no codes and no state dict
+        self.branches: list[SideBranch] = []
 
     def _blank(self, device: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Codes, group scales and the branch's codes, as a state dict has them."""
         n, k, groups = self.out_features, self.in_features, -(-self.in_features // self.group)
         scale = torch.ones(n, groups, dtype=torch.uint8, device=device) if self.bits == 4 else None
         down = torch.zeros(self.rank, k, dtype=torch.int8, device=device) if self.rank else None
@@ -156,12 +234,6 @@ class QuantizedLinear(nn.Module):
         return weight if self.bias is None else weight.to(self.bias.dtype)
 
     @property
-    def nbytes(self) -> int:
-        """What the weight takes, in bytes: codes, scales and branch."""
-        parts = (self.packed, self.group_scale, self.weight_scale, self.down, self.down_scale, self.up)
-        return sum(t.numel() * t.element_size() for t in parts if t is not None)
-
-    @property
     def coding(self) -> dict[str, Any]:
         """How this layer's input is coded: keyword arguments of `ops.act_quantize` and `ops.norm_quantize`."""
         return {"smooth": self.smooth, "rotate": self.rotate}
@@ -221,54 +293,133 @@ class QuantizedLinear(nn.Module):
             + (f", rank={self.rank}" if self.rank else "")
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        for branch in self.branches:
-            branch._apply(fn, recurse)
-        exact = {name: getattr(self, name) for name in SCALES}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():  # .half() and .to(dtype) are about the model's arithmetic
-            if before is not None and getattr(self, name).dtype != before.dtype:
-                setattr(self, name, before.to(self.packed.device))
-        return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, t in zip(CODES, self._unpacked(), strict=True):
-            if t is not None:
-                destination[prefix + name] = t
-        if self.rotate:
-            destination[prefix + "rotate"] = torch.tensor(self.rotate, dtype=torch.int32)
+class QuantizedConv2d(Quantized):
+    """A Conv2d whose weight and input are codes of 8 bits, for inference: [B, C, H, W] -> [B, out_channels, H', W'].
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    Both lie with their channels last in memory, as `torch.channels_last` has it; an input that does not is copied. The input
+    has one scale a sample, found anew in each call, for a window mixes pixels; the weight has one an output. `smooth`,
+    [in_channels]: as for `QuantizedLinear`. The result has the input's dtype. Kernel, stride, padding (by zeros) and dilation
+    are one number each, for both directions; groups of channels there are none.
+
+    A state dict holds `qweight`, int8 [out_channels, in_channels, kernel, kernel]; `weight_scale`, float32 [out_channels];
+    `bias`; and where it is `smooth`, float32.
+    """
+
+    group_scale = down = down_scale = up = None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        bias: bool = True,
+        smooth: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        # The weight's parts come together or not at all: old codes with new scales would be another weight.
-        words = (missing, unexpected, errors)
-        before, given = sum(map(len, words)), list[Tensor | None]()
-        if (rotate := int(state_dict.pop(prefix + "rotate", 0))) != self.rotate:
-            errors.append(f"{prefix}rotate: expected {self.rotate}, got {rotate}")
-        keeps = self.packed.is_meta or local_metadata.get("assign_to_params_buffers")
-        blank = dict(zip(CODES, self._blank("meta"), strict=True))
-        for name in CODES + SCALES:
-            key, own = prefix + name, blank[name] if name in CODES else getattr(self, name)
-            t = state_dict.pop(key, None) if name in CODES or own is None else state_dict.get(key)
-            if own is None and t is not None:
-                unexpected.append(key)
-            elif own is not None and t is None:
-                missing.append(key)
-            elif own is not None and (t.shape != own.shape or (name in CODES and t.dtype != own.dtype)):
-                wanted = f"{str(own.dtype).removeprefix('torch.')} {list(own.shape)}"
-                errors.append(f"{key}: expected {wanted}, got {t.dtype} {list(t.shape)}")
-            if name in CODES:
-                given.append(t if t is None or keeps else t.to(self.packed.device))
-        if sum(map(len, words)) == before:
-            try:
-                self._pack(*given)  # type: ignore[arg-type]
-            except ValueError as error:
-                errors.append(f"{prefix}{error}")
-        if sum(map(len, words)) > before:
-            state_dict |= {prefix + name: own for name in SCALES if (own := getattr(self, name)) is not None}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super().__init__()
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.register_buffer("packed", None, persistent=False)
+        self._pack(*self._blank(device))
+        self.register_buffer("weight_scale", torch.ones(out_channels, device=device))
+        self.register_buffer("smooth", torch.ones(in_channels, device=device) if smooth else None)
+        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+
+    def _blank(self, device: Any) -> tuple[Tensor, None, None]:
+        shape = (self.out_channels, self.in_channels, self.kernel_size, self.kernel_size)
+        return torch.zeros(shape, dtype=torch.int8, device=device), None, None
+
+    def _pack(self, codes: Tensor, group_scale: Tensor | None, down: Tensor | None) -> None:
+        self.packed = ops.pack_w8(codes.permute(0, 2, 3, 1).flatten(1))
+
+    def _unpacked(self) -> tuple[Tensor, None, None]:
+        size = self.kernel_size
+        codes = ops.unpack_w8(self.packed, self.out_channels, size * size * self.in_channels)
+        return codes.unflatten(1, (size, size, self.in_channels)).permute(0, 3, 1, 2).contiguous(), None, None
+
+    @staticmethod
+    def unfit(conv: nn.Conv2d) -> str | None:
+        """Why a Conv2d has no counterpart of codes, or None."""
+        if conv.groups != 1:
+            return f"{conv.groups} groups of channels"
+        if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+            return f"padding {conv.padding!r} of {conv.padding_mode}"
+        for name in ("kernel_size", "stride", "padding", "dilation"):
+            if len(set(getattr(conv, name))) != 1:
+                return f"{name} {getattr(conv, name)} is not one number"
+        if conv.weight[0].numel() > MOST:
+            return f"windows of more than {MOST} numbers"
+        return None
+
+    @staticmethod
+    def settings(conv: nn.Conv2d) -> tuple[int, int, int, int, int, int]:
+        """The channels, kernel_size, stride, padding and dilation of a Conv2d that is not `unfit`."""
+        kernel, padding = conv.kernel_size[0], int(conv.padding[0])
+        return conv.in_channels, conv.out_channels, kernel, conv.stride[0], padding, conv.dilation[0]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, conv: nn.Conv2d, smooth: Tensor | None = None) -> QuantizedConv2d:
+        """The same map, its weight rounded to codes; the bias is `conv`'s own. Raises ValueError where `unfit` has a reason.
+
+        `smooth`: float32 [in_channels], above 0, what the input is multiplied by.
+        """
+        if (why := cls.unfit(conv)) is not None:
+            raise ValueError(f"conv: expected one kernel for all channels, in one size for both directions; got {why}")
+        made = cls(*cls.settings(conv), False, smooth is not None, device=conv.weight.device)
+        weight = conv.weight if smooth is None else conv.weight.float() / smooth[:, None, None]
+        codes, made.weight_scale = ops.act_quantize(weight.flatten(1))
+        made._pack(codes.view_as(weight), None, None)
+        made.smooth, made.bias = smooth, conv.bias  # type: ignore[assignment]
+        return made.train(conv.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for, float32, or the bias's dtype: for a look; no product uses it."""
+        weight = self._unpacked()[0] * self.weight_scale[:, None, None, None]
+        weight = weight if self.smooth is None else weight * self.smooth[:, None, None]
+        return weight if self.bias is None else weight.to(self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 3:
+            return self(x.unsqueeze(0)).squeeze(0)
+        coded = ops.group_norm_quantize(channels_last(x), 0, smooth=self.smooth, activation="none")
+        return self.from_codes(coded, x.dtype).permute(0, 3, 1, 2)
+
+    def from_codes(
+        self,
+        coded: Sequence[Tensor],
+        dtype: torch.dtype,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        activation: str = "none",
+    ) -> Tensor:
+        """activation(the map of an input that another op has coded) · gate + residual, [B, H', W', out_channels].
+
+        Args:
+            coded: [codes, code_scale] of [B, H, W, in_channels], made with this layer's `smooth`, as
+                `ops.group_norm_quantize` returns them.
+            dtype: the result's, float32, float16 or bfloat16.
+            gate, residual, activation: as in `ops.conv2d_w8a8`, as are errors.
+        """
+        how = (self.kernel_size, self.stride, self.padding, self.dilation, activation, str(dtype).removeprefix("torch."))
+        return ops.conv2d_w8a8(*coded, self.packed, self.weight_scale, self.bias, gate, residual, *how)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
+        )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, H, W, C], contiguous: no copy where x is `torch.channels_last` in memory."""
+    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
 CODES = ("qweight", "group_scale", "down")  # a state dict's names of what is packed, and of what goes with it
