@@ -245,13 +245,17 @@ class _ResnetBlock(_OfDiffusers):
             return "resizes between norm1 and conv1"
         if self.time_emb_proj is None and self.time_embedding_norm == "scale_shift":
             return "scales by time, of which it has no projection"
-        if type(self.nonlinearity) is not nn.SiLU or watched("", self.nonlinearity):
-            return f"nonlinearity: {_kind(self.nonlinearity)} has no kernel"
-        if not _idle(self.dropout):
-            return "dropout is no idle Dropout"
+        why = watched("nonlinearity", self.nonlinearity) or watched("dropout", self.dropout)
+        if why is None and type(self.nonlinearity) is not nn.SiLU:
+            why = f"nonlinearity: {_kind(self.nonlinearity)} has no kernel"
+        if why is None and not _idle(self.dropout):
+            why = "dropout is no idle Dropout"
+        if why is not None:
+            return why
         for i in ("1", "2"):
             norm, conv = getattr(self, f"norm{i}"), getattr(self, f"conv{i}")
             why = other_than(nn.GroupNorm, f"norm{i}", norm) or other_than(QuantizedConv2d, f"conv{i}", conv)
+            why = why or _mute(f"norm{i}", norm, conv)
             if why is not None:
                 return why
         return None
@@ -261,6 +265,10 @@ class _ResnetBlock(_OfDiffusers):
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         odd = args or kwargs or input_tensor.ndim != 4 or (temb is None) != (self.time_emb_proj is None)
+        if not odd and temb is not None:  # which the layers broadcast, and promote
+            odd = temb.ndim != 2 or temb.shape[0] != input_tensor.shape[0] or temb.dtype != input_tensor.dtype
+        if not odd and self.norm1.weight is not None:
+            odd = self.norm1.weight.dtype != input_tensor.dtype
         if odd or not self.fuses() or _autocast():
             return super().forward(input_tensor, temb, *args, **kwargs)
         x, dtype = channels_last(input_tensor), input_tensor.dtype
@@ -346,6 +354,8 @@ def _mute(name: str, layer: nn.Module | None, after: Quantized) -> str | None:
         return f"{name} writes into its input"
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm) and tuple(layer.normalized_shape) != (columns,):
         return f"{name} norms {list(layer.normalized_shape)}, not [{columns}]"
+    if isinstance(layer, nn.GroupNorm) and not layer.eps >= 0:
+        return f"{name} has an eps of {layer.eps}"
     if isinstance(layer, nn.GroupNorm) and layer.num_channels != columns:
         return f"{name} norms {layer.num_channels} channels, not {columns}"
     if isinstance(layer, nn.RMSNorm) and layer.eps is None:

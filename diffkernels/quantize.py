@@ -20,8 +20,8 @@ RECIPES = (*KINDS, "auto")
 # The first and the last layers and the modulations: few of a model's products, much of its error (Q-DiT, ViDiT-Q).
 # DiMR reads the weights of its upsampling and its long skips: they would be unpacked in every call.
 SENSITIVE = (
-    *("*embed*", "*input_layer*", "conv_in", "*adaLN*", "*norm*.linear", "*upsample.*", "*skip_dense*"),
-    *("final_layer*", "proj_out*", "conv_out", "*output_layer*"),
+    *("*embed*", "*input_layer*", "*conv_in", "*quant_conv", "*adaLN*", "*norm*.linear", "*upsample.*", "*skip_dense*"),
+    *("final_layer*", "proj_out*", "*conv_out", "*output_layer*"),
 )
 
 LEAST_SQNR = 30.0  # dB: with less, a weight's rounding is most of the error that 8 bits make

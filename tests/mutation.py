@@ -512,6 +512,13 @@ MUTATIONS = [
         ("tests/test_lora.py", "joins"),
     ),
     Mutation(
+        "a GroupNorm's eps forgotten where it writes codes",
+        "diffkernels/fuse.py",
+        "eps=norm.eps, **how",
+        "**how",
+        ("tests/test_conv.py", "sequence"),
+    ),
+    Mutation(
         "a silent fall to the reference",
         "diffkernels/_ladder.py",
         "    if forced is None:\n        _fell(",

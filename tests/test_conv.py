@@ -26,6 +26,7 @@ LAST = torch.channels_last
 
 @pytest.fixture(autouse=True)
 def _no_gradient():
+    torch.manual_seed(0)  # the same numbers in any order of the tests
     with torch.no_grad():
         yield
 
@@ -49,6 +50,65 @@ def test_the_layer_is_a_convolution_of_its_codes(how, dtype) -> None:
         assert torch.equal(layer(x[i]), got[i])
     assert layer(x[:0]).shape == got[:0].shape
     assert "kernel_size=" in repr(layer) and layer.nbytes < 2 * conv.weight.numel() + 4 * 70 + 64 * 64 * 4
+
+
+def test_bad_arguments_are_named() -> None:
+    layer, conv = QuantizedConv2d.of(nn.Conv2d(8, 6, 1)), nn.Conv2d(8, 6, 3)
+    for shape, words in (
+        ((1, 7, 4, 4), r"x: expected \[B, 8, H, W\], got shape \[1, 7, 4, 4\]"),
+        ((5, 4, 4), r"x: expected \[B, 8, H, W\], got shape \[1, 5, 4, 4\]"),
+        ((8, 8), r"x: expected \[B, 8, H, W\] or without B, got shape \[8, 8\]"),
+        ((1, 8, 4, 4, 4), r"x: expected \[B, 8, H, W\] or without B, got shape \[1, 8, 4, 4, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            layer(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"x: expected \[..., 8\], got shape \[2, 7\]"):
+        QuantizedLinear(8, 6)(torch.zeros(2, 7))
+    for smooth in (torch.rand(21), torch.rand(1), torch.arange(8.0), torch.full((8,), torch.nan)):
+        with pytest.raises(ValueError, match=r"smooth: expected \[8\] numbers above 0, got shape"):
+            QuantizedConv2d.of(conv, smooth)
+    for name in ("kernel_size", "stride", "padding", "dilation"):
+        with pytest.raises(ValueError, match=rf"{name}: expected one whole number of \d or more, got \(3, 3\)"):
+            QuantizedConv2d(8, 6, **{"kernel_size": 3, name: (3, 3)})
+    given = {"x": torch.zeros(1, 2, 5, 8, dtype=torch.int8), "x_scale": torch.ones(1), "weight_scale": torch.ones(6)}
+    given["weight"] = ops.pack_w8(torch.zeros(6, 72, dtype=torch.int8))
+    for wrong, words in (
+        (
+            {"stride": 2, "padding": 0},
+            r"x: expected pictures of 3 pixels or more with their padding of 0, got shape \[1, 2, 5, 8\]",
+        ),
+        ({"stride": 0}, "stride: expected 1 or more, below 2\\^31, got 0"),
+        ({"padding": -1}, "padding: expected 0 or more, below 2\\^31, got -1"),
+        ({"dilation": 2**31}, "dilation: expected 1 or more"),
+        ({"kernel": 5, "padding": 2}, r"weight: expected \[1, 50, 64, 4\], pack_w8 of \[6, 200\], got shape \[1, 18, 64, 4\]"),
+        ({"x_scale": torch.ones(2)}, r"x_scale: expected one a sample, \[1\], got shape \[2\]"),
+        ({"x_scale": torch.ones(1).half()}, "x_scale: expected float32, got torch.float16"),
+        ({"x": torch.zeros(2, 5, 8, dtype=torch.int8)}, r"x: expected \[B, H, W, C\], got shape \[2, 5, 8\]"),
+        ({"x": torch.zeros(1, 2, 5, 8)}, r"x: expected int8 codes, got torch\.float32"),
+        ({"bias": torch.ones(1, 6)}, r"bias: expected \[6\], got shape \[1, 6\]"),
+        ({"gate": torch.ones(2, 6)}, r"gate: expected \[6\], leading dimensions"),
+        ({"residual": torch.ones(1, 3, 5, 6)}, r"residual: expected \[6\], leading dimensions"),
+        ({"activation": "relu"}, "activation: expected one of none, gelu"),
+        ({"dtype": "int8"}, "dtype: expected one of float32"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            ops.conv2d_w8a8(**given | wrong)
+    assert ops.conv2d_w8a8(**given).shape == (1, 2, 5, 6)
+    nothing = {"x": given["x"][..., :0], "weight": ops.pack_w8(torch.zeros(6, 0, dtype=torch.int8))}
+    assert ops.conv2d_w8a8(**given | nothing, kernel=2**28 + 1, padding=2**27).eq(0).all()  # no tap of it is looked at
+
+
+@pytest.mark.parametrize("kind", ["int8", "w4a8_lowrank"])
+def test_codes_lie_as_they_are_packed(kind) -> None:
+    """A memory format is about pictures: codes of four dimensions are none."""
+    model = quantized(drawn(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(2), nn.Linear(36, 70))), Recipe(kind, min_elements=0))
+    x = torch.randn(2, 8, 8, 8)
+    exact = model(x)
+    model.to(memory_format=LAST)
+    assert all(
+        t.is_contiguous() for m in model for t in (getattr(m, "packed", None), getattr(m, "down", None)) if t is not None
+    )
+    assert relative(model(x), exact) < 1e-6
 
 
 def test_a_shared_scale_is_of_the_largest_column() -> None:
@@ -75,6 +135,8 @@ def test_what_is_taken_and_what_is_left() -> None:
             "three": nn.Conv2d(64, 64, 3),
             "one": nn.Conv2d(128, 130, 1, bias=False),
             "conv_in": nn.Conv2d(64, 64, 3),
+            "inner": nn.ModuleDict({"conv_out": nn.Conv2d(64, 64, 3)}),
+            "none": nn.Conv2d(64, 0, 3),
             "depthwise": nn.Conv2d(2048, 2048, 3, groups=2048),
             "long": nn.Conv2d(64, 128, (1, 3)),
             "uneven": nn.Conv2d(64, 64, 3, padding=(1, 0)),
@@ -95,6 +157,8 @@ def test_what_is_taken_and_what_is_left() -> None:
         "three": None,
         "one": None,
         "conv_in": "skipped by name",
+        "inner.conv_out": "skipped by name",
+        "none": "fewer than 16384 weights",
         "depthwise": "no kernel: 2048 groups of channels",
         "long": "no kernel: kernel_size (1, 3) is not one number",
         "uneven": "no kernel: padding (1, 0) is not one number",
@@ -220,6 +284,11 @@ def test_diffusers_resnet_block(name, dtype) -> None:
     if time is not None:
         with pytest.raises((TypeError, AttributeError, RuntimeError)):
             block(x, None)
+        # What PyTorch broadcasts or promotes, the layers do.
+        alone = block(x[:1], time[:1])
+        assert relative(block(x, time[:1])[:1], alone) < 0.02 and block(x[:1], time).shape == got.shape
+    if dtype == torch.bfloat16 and name == "scaled":
+        assert block(x, time.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -228,7 +297,7 @@ def test_a_sequence_of_norms_and_convolutions(dtype) -> None:
     layers = [nn.GroupNorm(8, 32), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(32, 48, 3, padding=1), nn.GroupNorm(4, 48)]
     layers += [nn.Conv2d(48, 24, 1), nn.SiLU(), nn.Conv2d(24, 16, 3, stride=2), nn.SiLU(inplace=True), nn.Conv2d(16, 16, 1)]
     model = drawn(nn.Sequential(*layers, nn.Conv2d(16, 16, 1), own))
-    x = torch.randn(2, 32, 9, 7)
+    x = torch.randn(2, 32, 49, 47)
     exact = model(x)
     quantized(model.to(dtype))
     before, x = relative(model(x.to(dtype)), exact), x.to(dtype)
@@ -237,11 +306,15 @@ def test_a_sequence_of_norms_and_convolutions(dtype) -> None:
     assert whole.reason == "9: 8 writes into its input; 10: QuantizedConv2d writes no codes"
     assert inner.reason == "0: it comes first" and type(own) is nn.Sequential
     got = model(x)
-    assert got.dtype == dtype and relative(got, exact) <= 1.05 * before
-    assert relative(torch.cat([model[:4](x[i : i + 1]) for i in range(2)]), model[:4](x)) == 0
+    assert got.dtype == dtype and relative(got, exact) <= 1.1 * before
+    assert torch.equal(torch.cat([model(x[i : i + 1]) for i in range(2)]), got) and model.fused  # a scale a sample
+    small = drawn(nn.Sequential(nn.GroupNorm(4, 48, eps=0.5, affine=False), nn.SiLU(), nn.Conv2d(48, 24, 1)))
+    unfused = quantized(small.to(dtype))(x := (0.1 * torch.randn(2, 48, 5, 5)).to(dtype))
+    assert reasons(small) == {"": None} and relative(small(x), unfused) < (1e-5 if dtype == torch.float32 else 0.02)
+    x = torch.randn(2, 8, 9, 7)
     alone = nn.Sequential(nn.SiLU(), nn.Conv2d(8, 8, 3))
-    unfused = quantized(alone.eval())(x[0, :8].float())
-    assert reasons(alone) == {"": None} and torch.equal(alone(x[0, :8].float()), unfused)  # without a batch: called, not fused
+    unfused = quantized(alone.eval())(x[0])
+    assert reasons(alone) == {"": None} and torch.equal(alone(x[0]), unfused)  # without a batch: called, not fused
 
 
 def fuse(model: nn.Module) -> list:
@@ -249,6 +322,12 @@ def fuse(model: nn.Module) -> list:
 
 
 def test_a_resnet_block_that_is_left_alone() -> None:
+    watched = quantized(resnet())
+    hook = watched.nonlinearity.register_forward_hook(lambda *_: None)
+    assert reasons(watched)[""] == "nonlinearity has hooks"
+    hook.remove()
+    watched.norm2.eps = -1e-9
+    assert reasons(watched)[""] == "norm2 has an eps of -1e-09"
     for why, more in {
         "resizes between norm1 and conv1": {"up": True},
         "nonlinearity: Mish has no kernel": {"non_linearity": "mish"},

@@ -19,6 +19,7 @@ struct Window {
     static int64_t clamp(int64_t n, int64_t most) { return n < 0 ? 0 : n < most ? n : most; }
 
     const int8_t* row(const Call&, int64_t r, int8_t* const room) const {
+        if (channels == 0) return room;  // a kernel of any size may look at no pixels at all
         const int64_t left = r % columns * stride - padding, top = r / columns % lines * stride - padding;
         const int8_t* const sample = x + r / columns / lines * step[0];
         const bool dense = step[3] == 1 || channels == 1;

@@ -59,6 +59,9 @@ class Quantized(nn.Module):
         for name, before in exact.items():  # .half() and .to(dtype) are about the model's arithmetic
             if before is not None and getattr(self, name).dtype != before.dtype:
                 setattr(self, name, before.to(self.packed.device))
+        for name in ("packed", "group_scale", "down"):  # .to(memory_format=...) is about pictures
+            if (t := getattr(self, name)) is not None and not t.is_contiguous():
+                setattr(self, name, t.contiguous())
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -184,6 +187,7 @@ class QuantizedLinear(Quantized):
         class; the rank is the weight's own where that is less.
         """
         n, k = linear.out_features, linear.in_features
+        _check_smooth(smooth, k)
         made = cls(k, n, False, smooth is not None, rotate, bits, group, min(rank, n, k), device=linear.weight.device)
         inverse = None if smooth is None else 1 / smooth
         if bits == 8 and not made.rank:
@@ -261,6 +265,8 @@ class QuantizedLinear(Quantized):
 
         Raises as `ops.linear_w8a8` does, and ValueError for outputs that begin or end within a panel of 64.
         """
+        if coded[0].shape[-1] != self.in_features:
+            raise ValueError(f"x: expected [..., {self.in_features}], got shape {list(coded[0].shape)}")
         packed, group_scale, scale = self.packed, self.group_scale, self.weight_scale
         bias: Tensor | None = self.bias
         low, up = self._low(coded)
@@ -322,6 +328,11 @@ class QuantizedConv2d(Quantized):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+        for name, size in sizes.items():
+            least = 0 if name == "padding" else 1
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name}: expected one whole number of {least} or more, got {size!r}")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.register_buffer("packed", None, persistent=False)
@@ -352,7 +363,7 @@ class QuantizedConv2d(Quantized):
         for name in ("kernel_size", "stride", "padding", "dilation"):
             if len(set(getattr(conv, name))) != 1:
                 return f"{name} {getattr(conv, name)} is not one number"
-        if conv.weight[0].numel() > MOST:
+        if conv.in_channels * conv.kernel_size[0] ** 2 > MOST:
             return f"windows of more than {MOST} numbers"
         return None
 
@@ -371,6 +382,7 @@ class QuantizedConv2d(Quantized):
         """
         if (why := cls.unfit(conv)) is not None:
             raise ValueError(f"conv: expected one kernel for all channels, in one size for both directions; got {why}")
+        _check_smooth(smooth, conv.in_channels)
         made = cls(*cls.settings(conv), False, smooth is not None, device=conv.weight.device)
         weight = conv.weight if smooth is None else conv.weight.float() / smooth[:, None, None]
         codes, made.weight_scale = ops.act_quantize(weight.flatten(1))
@@ -388,6 +400,8 @@ class QuantizedConv2d(Quantized):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
             return self(x.unsqueeze(0)).squeeze(0)
+        if x.ndim != 4:
+            raise ValueError(f"x: expected [B, {self.in_channels}, H, W] or without B, got shape {list(x.shape)}")
         coded = ops.group_norm_quantize(channels_last(x), 0, smooth=self.smooth, activation="none")
         return self.from_codes(coded, x.dtype).permute(0, 3, 1, 2)
 
@@ -407,6 +421,9 @@ class QuantizedConv2d(Quantized):
             dtype: the result's, float32, float16 or bfloat16.
             gate, residual, activation: as in `ops.conv2d_w8a8`, as are errors.
         """
+        if coded[0].shape[-1] != self.in_channels:
+            b, h, w, c = coded[0].shape
+            raise ValueError(f"x: expected [B, {self.in_channels}, H, W], got shape {[b, c, h, w]}")
         how = (self.kernel_size, self.stride, self.padding, self.dilation, activation, str(dtype).removeprefix("torch."))
         return ops.conv2d_w8a8(*coded, self.packed, self.weight_scale, self.bias, gate, residual, *how)
 
@@ -415,6 +432,11 @@ class QuantizedConv2d(Quantized):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}"
         )
+
+
+def _check_smooth(smooth: Tensor | None, columns: int) -> None:
+    if smooth is not None and (smooth.shape != (columns,) or not (smooth > 0).all()):
+        raise ValueError(f"smooth: expected [{columns}] numbers above 0, got shape {list(smooth.shape)} or others")
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ def conv2d_w8a8(
         return "kernel, stride, padding or dilation: below its least, or above 2^31"
     _, high, wide, channels = x.shape
     span = dilation * (kernel - 1) + 1
+    if min(high, wide) + 2 * padding < span:
+        return "x: smaller than the kernel"
     lines, columns = ((size + 2 * padding - span) // stride + 1 for size in (high, wide))
     if tuple(y.shape[1:3]) != (lines, columns):
         return "y: not of x's windows"
