@@ -36,7 +36,7 @@ class Recipe:
     of `rank` columns that holds what they lose most of (SVDQuant): a bit more than half the bytes, and less exact.
     "auto" is "int8" where that pays: a layer stays as it is where `predicted_gain` at `rows` rows, a call's samples times
     tokens, is no more than 1; it is rotated where its weight's SQNR is under 30 dB, and stays where that does not help.
-    `balance`: the 16-bit operations that the machine does while it moves a byte: two cores with matrix tiles 120 to 200.
+    `balance`: the 16-bit operations that the machine does while it moves a byte: two cores with matrix tiles 120 to 300.
     `skip`: patterns of layer names (`fnmatch`) that stay as they are, by default embeddings, modulations, first and last
     layers; `filter_fn(name, layer)`: whether a layer is wanted at all. `min_elements`: weights smaller than this stay: their
     products take less time than the codes.

@@ -37,10 +37,11 @@ GPUS = {"cuda": ("sm_80", "sm_90"), "sm90": ("sm_90a",)}  # by folder of csrc
 
 # Functions whose inner loops go through the stack on purpose: pattern of the demangled name, and why.
 THROUGH_THE_STACK = {
-    r"(normalize|means|run|attend)<[^,]*, false": "rows of any stride are gathered through a line in L1",
+    r"(normalize|means|run|attend|encode)<[^,]*, false": "rows of any stride are gathered through a line in L1",
     r"run<.*>\(.*Call const&, long, long\)": "norm_backward is one function: operands of other dtypes go through a line",
     r"run<.*, true, (true|false)>\(.*Call const&, [^,]*\*, long, long\)": "erf has more coefficients than AVX2 registers",
     r"run<.*, true, [123], (true|false)>\(.*Codes const&": "an exponential or erf has more coefficients than AVX2 registers",
+    r"encode<.*, true, true>\(": "the same in group_norm_quantize",
     r"has_nan<": "row_abs_quantile asks it only of a sample that holds something infinite or worse",
     r"(half|int8)\(long\)": "roofline's narrow numbers are read from a line in the first cache, as a kernel's are",
     r"moments_of<[34],": "row_covariance of 3 or 4 tensors has more sums than AVX2 registers",

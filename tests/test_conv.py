@@ -64,9 +64,16 @@ def test_bad_arguments_are_named() -> None:
             layer(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"x: expected \[..., 8\], got shape \[2, 7\]"):
         QuantizedLinear(8, 6)(torch.zeros(2, 7))
-    for smooth in (torch.rand(21), torch.rand(1), torch.arange(8.0), torch.full((8,), torch.nan)):
-        with pytest.raises(ValueError, match=r"smooth: expected \[8\] numbers above 0, got shape"):
+    for smooth, words in (
+        (torch.rand(21), r"shape \[8\], got \[21\]"),
+        (torch.rand(1), r"shape \[8\], got \[1\]"),
+        (torch.arange(8.0), "numbers above 0, got 0"),
+        (torch.full((8,), torch.nan), "numbers above 0, got nan"),
+    ):
+        with pytest.raises(ValueError, match="smooth: expected " + words):
             QuantizedConv2d.of(conv, smooth)
+        with pytest.raises(ValueError, match="smooth: expected " + words):
+            QuantizedLinear.of(nn.Linear(8, 6), smooth)
     for name in ("kernel_size", "stride", "padding", "dilation"):
         with pytest.raises(ValueError, match=rf"{name}: expected one whole number of \d or more, got \(3, 3\)"):
             QuantizedConv2d(8, 6, **{"kernel_size": 3, name: (3, 3)})

@@ -222,7 +222,7 @@ DK_INLINE F silu_of_finite(F y) {
 }
 
 template <class T, bool kUnit, bool kActivated>
-__attribute__((noinline)) void run(const Call& c, int64_t begin, int64_t end) {
+__attribute__((noinline)) void encode(const Call& c, int64_t begin, int64_t end) {
     for (int64_t item = end; item-- > begin;) {
         const int64_t b = item / c.chunks, first = (item - b * c.chunks) * c.chunk, last = c.end_of(first);
         int32_t most = 0;
@@ -326,8 +326,8 @@ Refusal group_norm_quantize(Stream stream, Views out, View x, int64_t groups, Op
             c.groups ? each(c.items(), work, [&](int64_t begin, int64_t end) { look<T, kUnit, true>(c, begin, end); })
                      : each(c.items(), work, [&](int64_t begin, int64_t end) { look<T, kUnit, false>(c, begin, end); });
             each(c.samples * c.units, folded, [&](int64_t begin, int64_t end) { fold<T>(c, begin, end); });
-            c.silu ? each(c.items(), work, [&](int64_t begin, int64_t end) { run<T, kUnit, true>(c, begin, end); })
-                   : each(c.items(), work, [&](int64_t begin, int64_t end) { run<T, kUnit, false>(c, begin, end); });
+            c.silu ? each(c.items(), work, [&](int64_t begin, int64_t end) { encode<T, kUnit, true>(c, begin, end); })
+                   : each(c.items(), work, [&](int64_t begin, int64_t end) { encode<T, kUnit, false>(c, begin, end); });
             return nullptr;
         });
     });

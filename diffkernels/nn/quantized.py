@@ -435,8 +435,12 @@ class QuantizedConv2d(Quantized):
 
 
 def _check_smooth(smooth: Tensor | None, columns: int) -> None:
-    if smooth is not None and (smooth.shape != (columns,) or not (smooth > 0).all()):
-        raise ValueError(f"smooth: expected [{columns}] numbers above 0, got shape {list(smooth.shape)} or others")
+    if smooth is None:
+        return
+    if smooth.shape != (columns,):
+        raise ValueError(f"smooth: expected shape [{columns}], got {list(smooth.shape)}")
+    if not (smooth > 0).all():
+        raise ValueError(f"smooth: expected numbers above 0, got {smooth.min().item():g}")
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -99,29 +99,12 @@ def _kernel(
     tl.store(y + row[:, None] * N + column[None, :], h.to(y.dtype.element_ty), mask=inside)
 
 
-def linear(
-    y: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    group_scale: Tensor | None,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    low: Tensor | None,
-    up: Tensor | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    dtype: str,
-) -> str | None:
+def linear(y: Tensor, x: Tensor, x_scale: Tensor, *rest: Any) -> str | None:
     """`linear_w8a8`, or with `group_scale` `linear_w4a8_lowrank`."""
     if x.ndim < 1 or x_scale.shape != x.shape[:-1] or y.shape[:-1] != x.shape[:-1]:
         return "x_scale: not one a row of x"
-    if residual is not None and residual.shape != y.shape:
-        return "residual: not of the result's shape"
     codes = (x, 0, 0) if x.shape[-1] == 0 else _norm.matrix(x)
-    how = (x.shape[-1], weight, group_scale, weight_scale, bias, low, up, gate, residual, activation, dtype)
-    return product(y, codes, None, x_scale.reshape(-1), *how)
+    return product(y, codes, None, x_scale.reshape(-1), x.shape[-1], *rest)
 
 
 def product(
@@ -160,6 +143,8 @@ def product(
         return "weight: not packed for x's columns"
     if y.shape[-1] != n or (bias is not None and bias.shape != (n,)):
         return "bias: not of the result's columns"
+    if window is None and residual is not None and residual.shape != y.shape:
+        return "residual: not of the result's shape"
     if (low is None) != (up is None):
         return "low, up: one without the other"
     rank = 0 if up is None else up.shape[0]
