@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--full", action="store_true", help="every combination, where the default takes pairs")
+    parser.addoption("--op", action="append", help="of test_ops.py's calls of kernels this op's alone; may be repeated")
     parser.addoption("--fuzz", action="store_true", help="2,000 random calls of each op on each rung instead of 64")
     parser.addoption("--big", action="store_true", help="also run what needs 10 GB of memory and minutes")
 

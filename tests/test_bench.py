@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -144,7 +145,8 @@ def test_a_peer_that_fails_is_a_row_with_its_reason(monkeypatch) -> None:
 def test_eager_formulas_say_what_the_op_says(name) -> None:
     """A formula that computes something else would make a ratio of nothing."""
     op = OPS[name]
-    for case in op.cases:
+    smallest = {c.eager: c for c in sorted(op.cases, key=lambda c: -math.prod(c.shape))}
+    for case in smallest.values():
         if case.eager is None or sum(n for n in case.shape) > 10000 or (case.flops and case.flops(*case.shape) > 1e9):
             continue
         (task,) = suite.tasks([f"{name}/{case.name}"], ["f32"], vs=("eager",))[:1]

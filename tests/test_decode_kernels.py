@@ -45,6 +45,8 @@ def test_a_bad_index_is_its_samples_own(rung, device, length, rotary) -> None:
 @pytest.mark.parametrize("index", [0, 1, 200, 299, 560, 561, 700, 2000])
 def test_a_long_cache_at_every_stage(rung, device, index, dtype) -> None:
     """Empty, filling, about to roll, rolling: the parts of the cache that hold something differ."""
+    if rung == "triton" and device == "cpu" and (dtype == torch.float16) != (index in (1, 560)):
+        pytest.skip("interpreted, a millisecond a program: one dtype is enough")
     args = call(device, 1, 4, 2, 564, 24, [index], sinks=3, rotary=24, rope="half", dtype=dtype)
     got = fuzz.run(OP, rung, args)
     for g, e, r in zip(got, oracle.exact(OP, args), oracle.results(OP, OP.reference, args), strict=True):

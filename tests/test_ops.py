@@ -125,11 +125,17 @@ def rungs(op: str, device: str) -> list[str]:
     return here
 
 
-def every_kernel(full: bool) -> list:
+def chosen(config) -> list:
+    """The ops, by name, whose kernels are called."""
+    return [(name, OPS[name]) for name in config.getoption("--op") or OPS]
+
+
+def every_kernel(config) -> list:
     """What the other tests of a rung call: every case; the interpreter, a millisecond a program, the first and the richest."""
+    full = config.getoption("--full")
     return [
         pytest.param(op, case, device, rung, id=f"{name}-{case.name}-{device}-{rung}")
-        for name, op in OPS.items()
+        for name, op in chosen(config)
         for case in cases(op)
         for device in DEVICES
         for rung in rungs(name, device)
@@ -141,22 +147,25 @@ def paired(op, case, rung: str, dtype: str, layout: str) -> bool:
     """Whether a call is made without --full. As drawn, every case is, in every dtype.
 
     What a layout breaks is loads and addresses, which follow from the case's operands or the dtype: pairs show it, so a case
-    meets each layout in one dtype, and the next case in the next. The interpreter loads all of them alike: the richest case is
-    enough.
+    meets each layout in one dtype, and the next case in the next. The interpreter, a millisecond a program, loads all of them
+    alike: the richest case is enough, and of a case as drawn one dtype.
     """
-    if layout == "drawn":
+    if interpreted(rung) and case is richest(op):
+        return layout == "drawn" or dtype == "f32"
+    if layout == "drawn" and not interpreted(rung):
         return True
-    if interpreted(rung):
-        return dtype == "f32" and case is richest(op)
+    if interpreted(rung) and layout != "drawn":
+        return False
     turn = cases(op).index(case) + list(LAYOUTS).index(layout)
     return turn % len(DTYPES) == list(DTYPES).index(dtype)
 
 
-def every_call(full: bool) -> list:
+def every_call(config) -> list:
     """What test_kernel calls, the rungs of a call one after another: they share what `expected` keeps."""
+    full = config.getoption("--full")
     return [
         pytest.param(op, case, device, rung, dtype, layout, id=f"{name}-{case.name}-{device}-{rung}-{dtype}-{layout}")
-        for name, op in OPS.items()
+        for name, op in chosen(config)
         for case in cases(op)
         for dtype in DTYPES
         for layout in LAYOUTS
@@ -168,13 +177,12 @@ def every_call(full: bool) -> list:
 
 def pytest_generate_tests(metafunc) -> None:
     """What isn't called without --full isn't collected either."""
-    full = metafunc.config.getoption("--full")
     if "layout" in metafunc.fixturenames:
-        metafunc.parametrize(("op", "case", "device", "rung", "dtype", "layout"), every_call(full))
+        metafunc.parametrize(("op", "case", "device", "rung", "dtype", "layout"), every_call(metafunc.config))
     elif "rung" in metafunc.fixturenames:
-        metafunc.parametrize(("op", "case", "device", "rung"), every_kernel(full))
+        metafunc.parametrize(("op", "case", "device", "rung"), every_kernel(metafunc.config))
     elif "dtype" in metafunc.fixturenames:
-        metafunc.parametrize(("op", "case", "dtype"), every_gradient(full))
+        metafunc.parametrize(("op", "case", "dtype"), every_gradient(metafunc.config.getoption("--full")))
 
 
 EXPECTED = {(op, device, rung) for op in OPS for device in DEVICES for rung in rungs(op, device)}
@@ -320,7 +328,7 @@ def test_any_number_of_threads_gives_the_same_bits(op, case, device, rung, monke
 def test_every_usable_rung_ran(request) -> None:
     """What `diffkernels info` calls usable was run above, or this fails."""
     collected = {i.callspec.id for i in request.session.items if i.originalname == "test_kernel"}
-    if len(collected) < len(every_call(request.config.getoption("--full"))):
+    if request.config.getoption("--op") or len(collected) < len(every_call(request.config)):
         pytest.skip("only a part of the suite was selected")
     assert EXPECTED <= RAN, f"usable, but never run: {sorted(EXPECTED - RAN)}"
 
@@ -412,10 +420,10 @@ def test_opcheck(op, case, request) -> None:
     # Tracing, seconds a case, and the way through autograd see only whether an argument is there: the richest case shows it,
     # and the first one is compiled below.
     traced = request.config.getoption("--full") or case is richest(op)
-    checks = (*CHECKS, "test_aot_dispatch_dynamic") if traced else CHECKS
-    torch.library.opcheck(op._overload, args, test_utils=checks)
+    both = (*CHECKS, "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op._overload, args, test_utils=both if traced and not op.differentiable else CHECKS)
     if op.differentiable and traced:
-        torch.library.opcheck(op._overload, requiring_grad(args), test_utils=checks)
+        torch.library.opcheck(op._overload, requiring_grad(args), test_utils=both)
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))

@@ -234,6 +234,8 @@ def group_normed(x: Tensor, groups: int, weight: Tensor, bias: Tensor, activatio
 @pytest.mark.parametrize("shape", [(3, 5, 7, 36), (2, 33, 65), (4, 12)])
 def test_a_sample_has_one_scale_and_h_is_within_half_a_step(rung, dtype, shape) -> None:
     """Of torch's GroupNorm and SiLU in float64: no code is cut off."""
+    if rung == "triton" and (dtype, shape) != (torch.float32, (4, 12)) and (dtype, shape) != (torch.float16, (3, 5, 7, 36)):
+        pytest.skip("interpreted, a millisecond a program: one dtype a shape, and none of many groups")
     x, weight, bias = drawn(*shape, dtype=dtype), drawn(shape[-1], seed=1), drawn(shape[-1], seed=2)
     for groups in (1, 12 if shape[-1] == 36 else shape[-1]):
         for activation in ("silu", "none"):
@@ -268,7 +270,7 @@ def test_where_all_is_below_silus_minimum_amax_is_a_bound(rung, dtype) -> None:
 def test_nan_and_infinity_reach_the_scale_of_their_sample(rung) -> None:
     """Wherever they are; with groups an infinity is a NaN, its group's mean being none; other samples are as they were."""
     nan, inf = torch.nan, torch.inf
-    for at in ((0, 0), (36, 2), (9, 34)):
+    for at in ((0, 0), (36, 2), (9, 34)) if rung != "triton" else ((36, 2),):
         for groups, activation in ((5, "silu"), (0, "none"), (0, "silu")):
             x = drawn(7, 37, 35)
             clean = sampled(rung, x, groups, activation=activation)
