@@ -22,6 +22,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from diffkernels._op import OPS
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("csrc", "diffkernels", "tests", "CMakeLists.txt", "pyproject.toml")
 LIMIT = 300  # seconds that one selection of tests may take
@@ -294,21 +296,21 @@ MUTATIONS = [
     ),
     Mutation(
         "the codes' offset left in the sums",
-        "csrc/cpu/linear.h",
+        "csrc/cpu/linear_int8.h",
         "bit_cast<I>(sum - static_cast<uint32_t>(row.offset))",
         "bit_cast<I>(sum)",
         kernel("linear_w8a8"),
     ),
     Mutation(
         "the last inputs of a row left out of the sums",
-        "csrc/cpu/linear.h",
+        "csrc/cpu/linear_int8.h",
         "x ? c.depth % kDepth : 0",
         "0",
         kernel("linear_w8a8"),
     ),
     Mutation(
         "a row's scale taken from its block's first",
-        "csrc/cpu/linear.h",
+        "csrc/cpu/linear_int8.h",
         "c.scale_rows.offset<int64_t>(from + r)",
         "c.scale_rows.offset<int64_t>(from)",
         kernel("linear_w8a8"),
@@ -336,10 +338,31 @@ MUTATIONS = [
     ),
     Mutation(
         "every group at the first one's scale",
-        "csrc/cpu/linear_w4a8_lowrank.cpp",
-        "scales + (p * groups + g) * kPanel",
-        "scales + p * groups * kPanel",
+        "csrc/cpu/pack_w4.h",
+        "scales + (panel * groups + g) * kPanel",
+        "scales + panel * groups * kPanel",
         kernel("linear_w4a8_lowrank"),
+    ),
+    Mutation(
+        "a chunk's sums instead of those before",
+        "csrc/cpu/linear_w4a16.cpp",
+        "store(p, add ? load(all + i) + load(p) : load(all + i))",
+        "store(p, load(all + i))",
+        kernel("linear_w4a16"),
+    ),
+    Mutation(
+        "what lies past the last input multiplied too",
+        "csrc/cpu/linear_w4a16.cpp",
+        "row[i * kRows] = 0",
+        "row[i * kRows] = 1",
+        kernel("linear_w4a16"),
+    ),
+    Mutation(
+        "a LoRA beside a weight-only layer at its own alpha",
+        "diffkernels/nn/quantized.py",
+        "[branch.alpha * branch.down(x)",
+        "[branch.scale * branch.down(x)",
+        ("tests/test_lora.py", "weight_only"),
     ),
     Mutation(
         "an operand of another dtype let through",
@@ -697,6 +720,8 @@ class Tree:
 
     def test(self, files: tuple[str, ...], words: str, *options: str) -> tuple[int, str]:
         """pytest's exit status and output."""
+        named = sorted(op for op in OPS if re.search(rf"\b{op}-", words))  # what -k leaves out is not collected either
+        options += tuple(f"--op={op}" for op in named)
         pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", "-rf", "--color=no", *options)
         run = self.command(*pytest, *files, "-k", words, tests=words)
         return run.returncode, run.stdout + run.stderr

@@ -161,6 +161,15 @@ def linear_w4a8_lowrank(t):
         yield name, given | {"group_scale": "*u8", "GROUP": 64 if given["GELU"] else 128}, warps, "LDG", "STG"
 
 
+def linear_w4a16(t):
+    "Codes that become floats leave the tensor cores' operands no other way than through registers."
+    for name, given, warps, *_ in linear_w8a8(t):
+        floats = {"x": ("*" + t, "i32", 1), "x_scale": None, "group_scale": "*u8", "GROUP": 64 if given["GELU"] else 128}
+        if t == "fp32" and given["STEP"] == 128:
+            floats["STEP"] = 64
+        yield name, given | floats, warps, "LDG", "STG"
+
+
 def conv2d_w8a8(t):
     "Three by three with all there is, of many windows and of few; a single tap."
     none = {"low": None, "up": None}

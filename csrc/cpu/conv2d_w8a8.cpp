@@ -1,11 +1,11 @@
 // y = activation(conv(x, W) * x_scale * weight_scale + bias) * gate + residual over 8-bit codes of x and W, channels last
 //
-// Idea: linear.h, where a row of x is a window of pixels, put together when a block of rows is laid out: once for all panels
-// of outputs. A window's lines lie whole where pixels lie side by side; beyond the picture there are zeros.
-// Takes: codes and scales as the op does, any strides but the weight's; y, bias, gate and residual of any of the three floats.
-// Floor: kernel * kernel * C multiply-adds a result.
-// Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/conv2d_w8a8.cpp
-#include "linear.h"
+// Idea: linear_int8.h, where a row of x is a window of pixels, put together when a block of rows is laid out: once for all
+// panels of outputs. A window's lines lie whole where pixels lie side by side; beyond the picture there are zeros. Takes: codes
+// and scales as the op does, any strides but the weight's; y, bias, gate and residual of any of the three floats. Floor: kernel
+// * kernel * C multiply-adds a result. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
+// csrc/cpu/conv2d_w8a8.cpp
+#include "linear_int8.h"
 
 namespace dk {
 namespace {
@@ -18,6 +18,7 @@ struct Window {
 
     static int64_t clamp(int64_t n, int64_t most) { return n < 0 ? 0 : n < most ? n : most; }
 
+    DK_INLINE int64_t apart(const Call&) const { return 1; }
     const int8_t* row(const Call&, int64_t r, int8_t* const room) const {
         if (channels == 0) return room;  // a kernel of any size may look at no pixels at all
         const int64_t left = r % columns * stride - padding, top = r / columns % lines * stride - padding;
@@ -62,10 +63,10 @@ Refusal describe(Call& c, Window& o, Packed& w, View y, View x, View x_scale, Vi
     o.lines = (high - span) / stride + 1, o.columns = (wide - span) / stride + 1;
     if (y.shape[0] != x.shape[0] || y.shape[1] != o.lines || y.shape[2] != o.columns || x_scale.shape[0] != x.shape[0])
         return "y or x_scale: not of x's samples, or y not of its windows";
-    c.rows = x.shape[0] * o.lines * o.columns, c.depth = kernel * kernel * o.channels, c.x_step = 1;
+    c.rows = x.shape[0] * o.lines * o.columns, c.depth = kernel * kernel * o.channels;
     c.x_scale = x_scale, c.scale_rows.repeat = o.lines * o.columns, c.scale_rows.push(x_scale.shape[0], x_scale.stride[0]);
     if (Refusal why = describe_epilogue(c, y, weight_scale, bias, gate, residual)) return why;
-    if (Refusal why = plan(c)) return why;
+    if (Refusal why = plan_codes(c)) return why;
     if (!packed(c, weight)) return "weight: not pack_w8's, or not contiguous";
     w.data = static_cast<const uint8_t*>(weight.data), c.row_room = kTiles ? 0 : c.depth;
     return nullptr;
@@ -90,7 +91,7 @@ Refusal conv2d_w8a8(Stream stream, View y, View x, View x_scale, View weight, Vi
     if (Refusal why =
             describe(c, o, w, y, x, x_scale, weight, weight_scale, bias, gate, residual, kernel, stride, padding, dilation))
         return why;
-    return linear(stream, c, o, w, activation, dtype);
+    return linear_of_codes(stream, c, o, w, activation, dtype);
 }
 
 }  // namespace

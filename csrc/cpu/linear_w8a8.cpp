@@ -1,11 +1,11 @@
 // y = activation(x W^T * x_scale * weight_scale + bias + low up) * gate + residual over 8-bit codes of x and W
 //
-// Idea: linear.h. The weight is read as it lies.
+// Idea: linear_int8.h. The weight is read as it lies.
 // Takes: codes and scales as the op does, any strides but the weight's; y, bias, low, up, gate and residual of any of the three
 // floats.
 // Floor: K multiply-adds a result.
 // Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/linear_w8a8.cpp
-#include "linear.h"
+#include "linear_int8.h"
 
 namespace dk {
 namespace {
@@ -30,7 +30,7 @@ Refusal linear_w8a8(Stream stream, View y, View x, View x_scale, View weight, Vi
     Call c{};
     Packed w{};
     if (Refusal why = describe(c, w, y, x, x_scale, weight, weight_scale, bias, low, up, gate, residual)) return why;
-    return linear(stream, c, Matrix{}, w, activation, dtype);
+    return linear_of_codes(stream, c, Matrix{}, w, activation, dtype);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .._case import Case
 from .._op import Op
 from ..ops._linear import ACTIVATIONS, DTYPES
+from ..ops.linear_w4a8_lowrank import unpack_w4, whole_w4
 from ..ops.linear_w8a8 import unpack_w8
 
 Call = Callable[[], Any]
@@ -236,18 +237,22 @@ def _float_conv(op: Op, given: dict[str, Any]) -> Call:
 
 def _float_linear(op: Op, kwargs: dict[str, Any]) -> tuple[nn.Linear, Callable[[Tensor], Tensor], Tensor]:
     """What a quantized Linear's codes stand for, in the result's dtype: the layer, what follows it, and its input."""
-    if op.name != "linear_w8a8":
+    if op.name not in ("linear_w8a8", "linear_w4a16"):
         raise Skip("stands in for quantized linear layers only")
     if kwargs.get("gate") is not None or kwargs.get("residual") is not None:
         raise Skip("has neither gate nor residual")
-    x, scale, dtype = kwargs["x"], kwargs["weight_scale"], DTYPES[kwargs["dtype"]]
-    codes = unpack_w8(kwargs["weight"], scale.shape[0], x.shape[-1])
+    x, scale = kwargs["x"], kwargs["weight_scale"]
+    if op.name == "linear_w4a16":
+        dtype, codes = x.dtype, whole_w4(kwargs["weight"], kwargs["group_scale"], scale.shape[0], x.shape[-1])
+    else:
+        dtype, codes = DTYPES[kwargs["dtype"]], unpack_w8(kwargs["weight"], scale.shape[0], x.shape[-1])
     bias = kwargs.get("bias")
     layer = nn.Linear(x.shape[-1], scale.shape[0], bias=bias is not None, device=x.device, dtype=dtype).requires_grad_(False)
     layer.weight.copy_(codes * scale.unsqueeze(-1))
     if bias is not None:
         layer.bias.copy_(bias)
-    return layer, ACTIVATIONS[kwargs.get("activation", "none")], (x * kwargs["x_scale"].unsqueeze(-1)).to(dtype)
+    x = (x * kwargs["x_scale"].unsqueeze(-1)).to(dtype) if "x_scale" in kwargs else x
+    return layer, ACTIVATIONS[kwargs.get("activation", "none")], x
 
 
 def linear(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
@@ -257,6 +262,19 @@ def linear(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
         return lambda given: call
     layer, activation, x = _float_linear(op, kwargs)
     return lambda given: lambda: activation(layer(x))
+
+
+def int4pack(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """PyTorch's own product of bfloat16 with 4-bit weights on CPUs, then bias and activation."""
+    if op.name != "linear_w4a16" or kwargs["x"].device.type != "cpu" or kwargs["x"].dtype != torch.bfloat16:
+        raise Skip("stands in for bfloat16 on CPUs with weights of 4 bits only")
+    x, scale, bias = kwargs["x"], kwargs["weight_scale"], kwargs["bias"]
+    codes, groups = unpack_w4(kwargs["weight"], kwargs["group_scale"], scale.shape[0], x.shape[-1])
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
+    scales = (groups * scale.unsqueeze(-1)).t()
+    both = torch.stack((scales, torch.zeros_like(scales)), -1).to(x.dtype).contiguous()
+    activation, group = ACTIVATIONS[kwargs.get("activation", "none")], 64 if groups.shape[1] == -(-x.shape[-1] // 64) else 128
+    return lambda given: lambda: activation(torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both) + bias)
 
 
 def torchao(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
@@ -274,6 +292,7 @@ PEERS: dict[str, Callable[[Op, Case, dict[str, Any]], Bind]] = {
     "openvino": openvino,
     "onnxruntime": onnxruntime,
     "linear": linear,
+    "int4pack": int4pack,
     "torchao": torchao,
     "sdpa-flash": functools.partial(sdpa, "FLASH_ATTENTION"),
     "sdpa-efficient": functools.partial(sdpa, "EFFICIENT_ATTENTION"),

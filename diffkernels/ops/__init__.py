@@ -10,6 +10,7 @@ from .gate_residual_norm import gate_residual_norm
 from .geglu import geglu
 from .group_norm_quantize import group_norm_quantize
 from .linear_w4a8_lowrank import code_w4, linear_w4a8_lowrank, pack_w4, unpack_w4
+from .linear_w4a16 import linear_w4a16
 from .linear_w8a8 import linear_w8a8, pack_w8, unpack_w8
 from .norm_backward import norm_backward
 from .norm_modulate import norm_modulate
@@ -34,6 +35,7 @@ __all__ = [
     "geglu",
     "group_norm_quantize",
     "linear_w4a8_lowrank",
+    "linear_w4a16",
     "linear_w8a8",
     "norm_backward",
     "norm_modulate",

@@ -1,4 +1,4 @@
-"""What the products over 8-bit codes share: checks, what their tests draw, and what follows the unpacked weight."""
+"""What the products over codes share: checks, what their tests draw, and what follows the unpacked weight."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ def check(x, x_scale, weight_scale, bias, low, up, gate, residual, activation, d
         raise TypeError(f"x: expected int8 codes, got {x.dtype}")
     if x.ndim < 1 or not x.shape[-1] <= MOST:
         raise ValueError(f"x: expected [..., K] with K up to {MOST}, got shape {list(x.shape)}")
-    check_scales(x_scale, weight_scale)
+    check_scales(weight_scale, x_scale=x_scale)
     if x_scale.shape != x.shape[:-1]:
         raise ValueError(f"x_scale: expected one a row of x, {list(x.shape[:-1])}, got shape {list(x_scale.shape)}")
-    n = weight_scale.shape[0]
+    check_dtype(dtype)
+    check_rows(x, weight_scale.shape[0], bias, low, up, gate, residual, activation)
+
+
+def check_rows(x, n, bias, low, up, gate, residual, activation):  # type: ignore[no-untyped-def]
+    """What follows a Linear's sums, [..., n] of x's rows."""
     out = x.new_empty((*x.shape[:-1], n), device="meta")
     if (low is None) != (up is None):
         raise ValueError(f"{'low' if low is None else 'up'}: expected low and up, or neither, got one of them")
-    check_epilogue(out, activation, dtype, bias=bias, low=low, up=up, gate=gate, residual=residual)
+    check_epilogue(out, activation, bias=bias, low=low, up=up, gate=gate, residual=residual)
     if up is not None and (up.ndim != 2 or up.shape[1] != n):
         raise ValueError(f"up: expected [R, {n}], got shape {list(up.shape)}")
     if low is not None and (low.ndim != x.ndim or low.shape[:-1] != x.shape[:-1]):
@@ -36,15 +41,20 @@ def check(x, x_scale, weight_scale, bias, low, up, gate, residual, activation, d
         raise ValueError(f"residual: expected the result's shape {list(out.shape)}, got {list(residual.shape)}")
 
 
-def check_scales(x_scale, weight_scale):  # type: ignore[no-untyped-def]
-    for name, t in (("x_scale", x_scale), ("weight_scale", weight_scale)):
+def check_dtype(dtype):  # type: ignore[no-untyped-def]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def check_scales(weight_scale, **others):  # type: ignore[no-untyped-def]
+    for name, t in (others | {"weight_scale": weight_scale}).items():
         if t.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}: expected float32, got {t.dtype}")
     if weight_scale.ndim != 1:
         raise ValueError(f"weight_scale: expected [N], got shape {list(weight_scale.shape)}")
 
 
-def check_epilogue(out, activation, dtype, **operands):  # type: ignore[no-untyped-def]
+def check_epilogue(out, activation, **operands):  # type: ignore[no-untyped-def]
     """What follows the sums; `out` is of the result's shape."""
     for name, t in operands.items():
         if t is None:
@@ -57,8 +67,6 @@ def check_epilogue(out, activation, dtype, **operands):  # type: ignore[no-untyp
             raise ValueError(f"gate: expected {_broadcast.expected(out)}, got shape {list(t.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def check_packed(weight, n, k, depth, how):  # type: ignore[no-untyped-def]
@@ -108,6 +116,11 @@ def define(codes, x, x_scale, weight_scale, bias, low, up, gate, residual, activ
     """What the Linears and the convolution over 8-bit codes share, of the weight's int8 codes [N, K]."""
     h = (x.double() @ codes.double().T).to(torch.promote_types(x_scale.dtype, torch.float32))  # exact, then rounded once
     h = h * x_scale.unsqueeze(-1) * weight_scale
+    return epilogue(h, bias, low, up, gate, residual, activation).to(result(x_scale, dtype))
+
+
+def epilogue(h, bias, low, up, gate, residual, activation):  # type: ignore[no-untyped-def]
+    """What follows scaled sums, in their dtype."""
     if bias is not None:
         h = h + bias.to(h.dtype)
     if low is not None:
@@ -117,4 +130,4 @@ def define(codes, x, x_scale, weight_scale, bias, low, up, gate, residual, activ
         h = h * _broadcast.align(gate, h).to(h.dtype)
     if residual is not None:
         h = h + _broadcast.align(residual, h).to(h.dtype)
-    return h.to(result(x_scale, dtype))
+    return h

@@ -38,11 +38,12 @@ def _check(x, x_scale, weight, weight_scale, bias, gate, residual, kernel, strid
         )
     if x.shape[-1] * kernel**2 > MOST:
         raise ValueError(f"x: expected kernel · kernel · C up to {MOST}, got {kernel} · {kernel} · {x.shape[-1]}")
-    _linear.check_scales(x_scale, weight_scale)
+    _linear.check_scales(weight_scale, x_scale=x_scale)
     if tuple(x_scale.shape) != (x.shape[0],):
         raise ValueError(f"x_scale: expected one a sample, [{x.shape[0]}], got shape {list(x_scale.shape)}")
     out = x.new_empty(_shape(x, weight_scale, kernel, stride, padding, dilation), device="meta")
-    _linear.check_epilogue(out, activation, dtype, bias=bias, gate=gate, residual=residual)
+    _linear.check_dtype(dtype)
+    _linear.check_epilogue(out, activation, bias=bias, gate=gate, residual=residual)
     if residual is not None and not _broadcast.matches(residual, out):
         raise ValueError(f"residual: expected {_broadcast.expected(out)}, got shape {list(residual.shape)}")
     _linear.check_packed(weight, weight_scale.shape[0], kernel**2 * x.shape[-1], DEPTH, "pack_w8")

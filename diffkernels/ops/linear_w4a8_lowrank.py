@@ -82,6 +82,13 @@ def unpack_w4(packed: Tensor, group_scale: Tensor, n: int, k: int) -> tuple[Tens
     return codes.contiguous(), (scale & 15).contiguous() + 1
 
 
+def whole_w4(packed: Tensor, group_scale: Tensor, n: int, k: int) -> Tensor:
+    """What `pack_w4` packed, codes times their groups' scales: int16 [n, k], in -128..112."""
+    codes, scale = unpack_w4(packed, group_scale, n, k)
+    group = group_of(group_scale, n, k) or GROUPS[0]
+    return codes.to(torch.int16) * scale.to(torch.int16).repeat_interleave(group, 1)[:, :k]
+
+
 def group_of(group_scale: Tensor, n: int, k: int) -> int | None:
     """The size of the groups of a packed scale, or None where it is not pack_w4's of a weight [n, k]."""
     if group_scale.dtype != torch.uint8 or group_scale.ndim != 3:
@@ -90,15 +97,19 @@ def group_of(group_scale: Tensor, n: int, k: int) -> int | None:
     return next(fits, None)
 
 
-def _check(x, x_scale, weight, group_scale, weight_scale, bias, low, up, gate, residual, activation, dtype):  # type: ignore[no-untyped-def]
-    _linear.check(x, x_scale, weight_scale, bias, low, up, gate, residual, activation, dtype)
-    n, k = weight_scale.shape[0], x.shape[-1]
+def check_packed_w4(weight, group_scale, n, k):  # type: ignore[no-untyped-def]
+    """Raises where they are not what `pack_w4` makes of [n, k]."""
     _linear.check_packed(weight, n, k, 2 * DEPTH, "pack_w4")
     if group_scale.dtype != torch.uint8:
         raise TypeError(f"group_scale: expected uint8, as pack_w4 returns it, got {group_scale.dtype}")
     if group_of(group_scale, n, k) is None:
         shapes = " or ".join(str([-(-n // COLUMNS), -(-k // g), COLUMNS]) for g in GROUPS)
         raise ValueError(f"group_scale: expected {shapes}, got shape {list(group_scale.shape)}")
+
+
+def _check(x, x_scale, weight, group_scale, weight_scale, bias, low, up, gate, residual, activation, dtype):  # type: ignore[no-untyped-def]
+    _linear.check(x, x_scale, weight_scale, bias, low, up, gate, residual, activation, dtype)
+    check_packed_w4(weight, group_scale, weight_scale.shape[0], x.shape[-1])
 
 
 def _allocate(x, x_scale, weight, group_scale, weight_scale, bias, low, up, gate, residual, activation, dtype):  # type: ignore[no-untyped-def]
@@ -129,8 +140,7 @@ def _mlp(draw, m, k, n):  # type: ignore[no-untyped-def]
 def _eager(x, x_scale, weight, group_scale, weight_scale, bias, low, up, activation, dtype):  # type: ignore[no-untyped-def]
     """What an eager user of 4-bit weights does: the weight widened, then a product of floats, then a pass a line."""
     n, k = weight_scale.shape[0], x.shape[-1]
-    codes, scale = unpack_w4(weight, group_scale, n, k)
-    wide = (codes * scale.repeat_interleave(64, 1)[:, :k]).to(low.dtype) * weight_scale[:, None].to(low.dtype)
+    wide = whole_w4(weight, group_scale, n, k).to(low.dtype) * weight_scale[:, None].to(low.dtype)
     y = F.linear(x.to(low.dtype), wide) * x_scale[:, None].to(low.dtype) + bias + low @ up
     return F.gelu(y, approximate="tanh").to(DTYPES[dtype])
 
@@ -209,8 +219,5 @@ def linear_w4a8_lowrank(
 
     Source: Li et al. 2024, SVDQuant (arXiv 2411.05007); Lin et al. 2024, QServe (arXiv 2405.04532), progressive scales.
     """
-    n, k = weight_scale.shape[0], x.shape[-1]
-    codes, scale = unpack_w4(weight, group_scale, n, k)
-    group = group_of(group_scale, n, k) or GROUPS[0]
-    wide = codes.to(torch.int16) * scale.to(torch.int16).repeat_interleave(group, 1)[:, :k]
+    wide = whole_w4(weight, group_scale, weight_scale.shape[0], x.shape[-1])
     return _linear.define(wide, x, x_scale, weight_scale, bias, low, up, gate, residual, activation, dtype)

@@ -1,4 +1,4 @@
-"""Products over 8-bit codes: one program a tile of the result; products are summed in int32, then the epilogue follows."""
+"""Products over codes: a program a tile of the result. Products are summed, of codes in int32; then the epilogue follows."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _sigmoid(z):
 @triton.jit
 def _kernel(
     y,  # [M, N] contiguous
-    x,  # codes: (data, row stride, column stride); of windows (data, strides of sample, line, pixel, channel)
+    x,  # (data, row stride, column stride); of windows (data, strides of sample, line, pixel, channel)
     window,  # of a convolution (H, W, C, their lines and columns, kernel, stride, padding, dilation), or absent
-    x_scale,  # (data, stride), one a row, or of windows one a sample
+    x_scale,  # of codes (data, stride), one a row, or of windows one a sample; absent where x is floats
     weight,  # pack_w8's, or with group_scale pack_w4's
     group_scale,  # of groups of GROUP inputs, or absent
     weight_scale, bias,  # (data, stride); bias may be absent
@@ -43,7 +43,7 @@ def _kernel(
     rows, columns = row < M, column < N
     words = tl.cdiv(K, 4 if group_scale is None else 8)
     panel = (column // 64) * words * 256 + (column % 64) * 4
-    sums = tl.zeros([ROWS, BLOCK], tl.int32)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32 if x_scale is None else tl.int32)
     scaled = row
     if window is not None:
         scaled = row // window[4] // window[3]
@@ -59,7 +59,7 @@ def _kernel(
             h = left[:, None] + (tap % window[5] * window[8])[None, :]
             there = there & (v >= 0) & (v < window[0]) & (h >= 0) & (h < window[1])
             at = (scaled * x[1])[:, None] + v * x[2] + h * x[3] + (channel * x[4])[None, :]
-        codes = tl.load(x[0] + at, mask=there, other=0)
+        a = tl.load(x[0] + at, mask=there, other=0)
         there = (k < K)[:, None] & columns[None, :]
         if group_scale is None:
             at = panel[None, :] + ((k // 4) * 256 + k % 4)[:, None]
@@ -69,8 +69,15 @@ def _kernel(
             q = (tl.load(weight + at, mask=there, other=0).to(tl.int32) >> (k // 4 % 2 * 4)[:, None]) & 15
             at = ((column // 64) * tl.cdiv(K, GROUP) * 64 + column % 64)[None, :] + (k // GROUP * 64)[:, None]
             w = ((q - 8) * (1 + (tl.load(group_scale + at, mask=there, other=0).to(tl.int32) & 15))).to(tl.int8)
-        sums = tl.dot(codes, w, sums, out_dtype=tl.int32)
-    h = sums.to(tl.float32) * tl.load(x_scale[0] + scaled * x_scale[1], mask=rows, other=0.0)[:, None]
+        if x_scale is not None:
+            sums = tl.dot(a, w, sums, out_dtype=tl.int32)
+        elif INTERPRETED:  # which multiplies bfloat16's bits, as integers
+            sums = tl.dot(a.to(tl.float32), w.to(tl.float32), sums, input_precision="ieee")
+        else:  # exact in any of the three floats
+            sums = tl.dot(a, w.to(a.dtype), sums, input_precision="ieee")
+    h = sums.to(tl.float32)
+    if x_scale is not None:
+        h = h * tl.load(x_scale[0] + scaled * x_scale[1], mask=rows, other=0.0)[:, None]
     h = h * tl.load(weight_scale[0] + column * weight_scale[1], mask=columns, other=0.0)[None, :]
     if bias is not None:
         h += tl.load(bias[0] + column * bias[1], mask=columns, other=0.0).to(tl.float32)[None, :]
@@ -81,7 +88,7 @@ def _kernel(
             b = tl.load(
                 up[0] + r[:, None] * up[1] + column[None, :] * up[2], mask=(r < R)[:, None] & columns[None, :], other=0.0
             )
-            if MIXED or INTERPRETED:  # which multiplies bfloat16's bits, as integers
+            if MIXED or INTERPRETED:
                 h = tl.dot(a.to(tl.float32), b.to(tl.float32), h, input_precision="ieee")
             else:
                 h = tl.dot(a, b, h, input_precision="ieee")
@@ -99,19 +106,19 @@ def _kernel(
     tl.store(y + row[:, None] * N + column[None, :], h.to(y.dtype.element_ty), mask=inside)
 
 
-def linear(y: Tensor, x: Tensor, x_scale: Tensor, *rest: Any) -> str | None:
-    """`linear_w8a8`, or with `group_scale` `linear_w4a8_lowrank`."""
-    if x.ndim < 1 or x_scale.shape != x.shape[:-1] or y.shape[:-1] != x.shape[:-1]:
+def linear(y: Tensor, x: Tensor, x_scale: Tensor | None, *rest: Any) -> str | None:
+    """`linear_w8a8`, or with `group_scale` `linear_w4a8_lowrank`, or then without `x_scale` `linear_w4a16`."""
+    if x.ndim < 1 or y.shape[:-1] != x.shape[:-1] or (x_scale is not None and x_scale.shape != x.shape[:-1]):
         return "x_scale: not one a row of x"
-    codes = (x, 0, 0) if x.shape[-1] == 0 else _norm.matrix(x)
-    return product(y, codes, None, x_scale.reshape(-1), x.shape[-1], *rest)
+    matrix = (x, 0, 0) if x.shape[-1] == 0 else _norm.matrix(x)
+    return product(y, matrix, None, None if x_scale is None else x_scale.reshape(-1), x.shape[-1], *rest)
 
 
 def product(
     y: Tensor,
     x: tuple[Any, ...],
     window: tuple[int, ...] | None,
-    x_scale: Tensor,
+    x_scale: Tensor | None,
     k: int,
     weight: Tensor,
     group_scale: Tensor | None,
@@ -124,10 +131,14 @@ def product(
     activation: str,
     dtype: str,
 ) -> str | None:
-    """y, whose rows are of x's rows or windows, k codes each."""
-    if x[0].dtype != torch.int8 or weight.dtype != torch.uint8 or not weight.is_contiguous():
-        return "x or weight: not int8 and uint8, or weight not contiguous"
-    if x_scale.dtype != torch.float32 or weight_scale.dtype != torch.float32 or y.dtype not in _norm.FLOATS:
+    """y, whose rows are of x's rows or windows, k codes each, or without x_scale floats of y's dtype."""
+    if (
+        x[0].dtype != (torch.int8 if x_scale is not None else y.dtype)
+        or weight.dtype != torch.uint8
+        or not weight.is_contiguous()
+    ):
+        return "x or weight: not int8 or y's dtype, and uint8, or weight not contiguous"
+    if any(t is not None and t.dtype != torch.float32 for t in (x_scale, weight_scale)) or y.dtype not in _norm.FLOATS:
         return "a scale is not float32, or the result float64"
     if any(t is not None and t.dtype not in _norm.FLOATS for t in (bias, low, up)):
         return "bias, low or up: not float32, float16 or bfloat16"
@@ -155,11 +166,12 @@ def product(
     if y.numel() == 0:
         return None
     m = y.numel() // n
-    rows, block, step = (64, 64, 32) if m > 16 else (16, 64, 128)
+    rows, block, step = (64, 64, 32) if m > 16 else (16, 64, 64 if x[0].dtype == torch.float32 else 128)  # as registers hold
     branch = low is not None and up is not None and rank > 0
     with torch.cuda.device_of(y):
         _kernel[(triton.cdiv(m, rows) * triton.cdiv(n, block),)](
-            y, x, window, (x_scale, x_scale.stride(0)), weight, group_scale, (weight_scale, weight_scale.stride(0)),
+            y, x, window, None if x_scale is None else (x_scale, x_scale.stride(0)),
+            weight, group_scale, (weight_scale, weight_scale.stride(0)),
             None if bias is None else (bias, bias.stride(0)),
             _norm.matrix(low) if branch else None, (up, *up.stride()) if branch else None,
             _norm.meet(gate, y), _norm.meet(residual, y), m, n, k, rank,
