@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .nn import Fusable, Quantized, QuantizedConv2d, QuantizedLinear, RMSNorm, channels_last, other_than, uncoded, watched
+from .nn import (
+    Fusable,
+    Quantized,
+    QuantizedConv2d,
+    QuantizedLinear,
+    RMSNorm,
+    WeightOnlyLinear,
+    channels_last,
+    other_than,
+    uncoded,
+    watched,
+)
 from .ops._linear import COLUMNS
 
 
@@ -51,8 +62,9 @@ def fuse_(model: nn.Module) -> Report:
     Linears' epilogues (`ops.linear_w8a8`). That is done where it is proven from the types and settings of the modules: in
     blocks and MLPs of `models.DiT`, MLPs of `models.DiMR` and whatever else is a `nn.Fusable`; in diffusers' ResnetBlock2D, and
     their FeedForward with GELU, GEGLU, SiLU or SwiGLU; in an `nn.Sequential`, where a QuantizedLinear follows a GELU, SiLU,
-    LayerNorm or RMSNorm, or a QuantizedConv2d a GroupNorm, a SiLU or both (a Dropout that does nothing may stand between). The
-    rest is left alone, with the reason in the report.
+    LayerNorm or RMSNorm, or a QuantizedConv2d a GroupNorm, a SiLU or both (a Dropout that does nothing may stand between). Of
+    `nn.WeightOnlyLinear`, which wants no codes, an MLP's GELU becomes the epilogue. The rest is left alone, with the reason
+    in the report.
 
     The proof is repeated in each call: in training mode, or with hooks on an inner layer (so under `compare`), the layers
     are called as before. Results differ by roundings that the fused form does not make: inputs are [..., D], float32,
@@ -89,6 +101,9 @@ def fuse_(model: nn.Module) -> Report:
                 del module.fused
                 module.__class__ = module.plain  # type: ignore[assignment]
         elif isinstance(module, Quantized) and module not in explained:
+            if isinstance(module, WeightOnlyLinear):
+                report.modules.append(Fusion(name, _kind(module), reason="its input is not coded"))
+                continue
             around = f"in {_kind(model.get_submodule(name.rpartition('.')[0]))}, of which no pattern is known"
             report.modules.append(Fusion(name, _kind(module), reason=around if name else "the model itself"))
     return report
@@ -96,12 +111,16 @@ def fuse_(model: nn.Module) -> Report:
 
 def _other_class(module: nn.Module) -> type[Fusable] | None:
     """For a module of others that may have a fused form, its class with both forms; `fuse_` goes back where there is none."""
-    if type(module) is nn.Sequential and any(isinstance(layer, Quantized) for layer in module):
+    if type(module) is nn.Sequential and any(_takes_codes(layer) for layer in module):
         return FusedSequential
     kind: Any = type(module)
     if _diffusers(module, "attention") == "FeedForward":
         return _fused(_FeedForward, kind)
     return _fused(_ResnetBlock, kind) if _diffusers(module, "resnet") == "ResnetBlock2D" else None
+
+
+def _takes_codes(layer: nn.Module | None) -> bool:
+    return isinstance(layer, Quantized) and not isinstance(layer, WeightOnlyLinear)
 
 
 def _kind(module: nn.Module) -> str:
@@ -124,7 +143,7 @@ class FusedSequential(Fusable, nn.Sequential):
         return _listed(self._pairs()[1])
 
     def covers(self) -> list[nn.Module]:
-        return [layer for layer in self if isinstance(layer, Quantized)]
+        return [layer for layer in self if _takes_codes(layer)]
 
     def _pairs(self) -> tuple[dict[str, str], dict[str, str]]:
         """From the name of each layer that can write codes to that of the product behind it; and why others have none."""
@@ -132,15 +151,14 @@ class FusedSequential(Fusable, nn.Sequential):
         alone: dict[str, str] = {}
         before: list[str] = []
         for name, layer in self._modules.items():
-            assert layer is not None
-            if isinstance(layer, Quantized):
+            if isinstance(layer, Quantized) and _takes_codes(layer):
                 writer, why = self._writer(before, layer)
                 why = other_than(QuantizedConv2d if isinstance(layer, QuantizedConv2d) else QuantizedLinear, name, layer) or why
                 if why is None:
                     pairs[writer] = name
                 else:
                     alone[name] = why
-            if not _idle(layer):
+            if layer is not None and not _idle(layer):
                 before.append(name)
         return pairs, alone
 

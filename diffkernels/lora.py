@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .models.checkpoint import reading
-from .nn import QuantizedLinear, SideBranch
+from .nn import QuantizedLinear, SideBranch, WeightOnlyLinear
 
 # peft and diffusers; kohya's scripts; diffusers before peft. A layer's alpha lies beside them.
 _DOWN = re.compile(r"(.+)\.(?:lora_A(?:\.\w+)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight")
 _UP = re.compile(r"(.+)\.(?:lora_B(?:\.\w+)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight")
 _ALPHA = re.compile(r"(.+)\.alpha")
 _PREFIXES = ("base_model.model.", "transformer.", "unet.", "diffusion_model.", "model.", "lora_unet_", "lora_transformer_")
+
+
+HOLDERS = (QuantizedLinear, WeightOnlyLinear)  # layers whose epilogue adds a branch
 
 
 class _Factors(NamedTuple):
@@ -38,7 +41,7 @@ class Lora:
         self.layers = {name: branch.rank for name, (_, branch) in layers.items()}
         self._scale, self._attached, self._hooks = scale, list(layers.values()), list[Any]()
         for layer, branch in self._attached:
-            if isinstance(layer, QuantizedLinear):
+            if isinstance(layer, HOLDERS):
                 layer.branches.append(branch)
             else:
                 self._hooks.append(layer.register_forward_hook(functools.partial(_beside, branch), with_kwargs=True))
@@ -57,7 +60,7 @@ class Lora:
     def remove(self) -> None:
         """Leaves the model as it was before. A second call does nothing."""
         for layer, branch in self._attached:
-            if isinstance(layer, QuantizedLinear):
+            if isinstance(layer, HOLDERS):
                 layer.branches = [b for b in layer.branches if b is not branch]
         for hook in self._hooks:
             hook.remove()
@@ -74,9 +77,10 @@ def add_lora_(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike
     """Adds scale · (alpha / rank) · up (down x) to the Linear layers that a LoRA names, in place, for inference.
 
     In a layer of codes the input's are used again, wherever they were made: a fused model stays fused. `down` has 8 bits,
-    smoothed and rotated as the layer's weight is, and `up` is bfloat16; the layer's epilogue adds them. Any other
-    nn.Linear is called as it is, and a forward hook adds to its result. No weight changes, nor does a state dict: what is saved
-    is the model without it. Several may be on at a time, and each is taken off by itself.
+    smoothed and rotated as the layer's weight is, and `up` is bfloat16; the layer's epilogue adds them. So does a weight-
+    only layer's, in its input's dtype. An nn.Linear is called as it is, and a forward hook adds to its result. No weight
+    changes, nor does a state dict: what is saved is the model without it. Several may be on at a time, and each is taken off
+    by itself.
 
     Args:
         model: any module.
@@ -103,7 +107,7 @@ def add_lora_(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike
             source = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not isinstance(source, Mapping):
         raise TypeError(f"source: expected a state dict or a path, got {type(source).__name__}")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | QuantizedLinear | WeightOnlyLinear)}
     uncalled = {f"{n}.{child}.".lstrip(".") for n, m in model.named_modules() for child in getattr(m, "reads_weights_of", ())}
     flat = {name.replace(".", "_"): name for name in layers}
     made: dict[str, tuple[nn.Module, SideBranch]] = {}

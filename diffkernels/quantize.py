@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .models.checkpoint import KINDS
-from .nn.quantized import Quantized, QuantizedConv2d, QuantizedLinear
+from .nn.quantized import Quantized, QuantizedConv2d, QuantizedLinear, WeightOnlyLinear
 from .ops._linear import COLUMNS
 from .ops._quantize import ROTATIONS
 from .ops.linear_w4a8_lowrank import GROUPS
@@ -33,7 +33,9 @@ class Recipe:
 
     `kind`: "int8", codes of one scale an output for the weight and one a row, found in each call, for the input; or
     "w4a8_lowrank", codes of 4 bits for the weight, with a scale for each `group` of 64 or 128 inputs, and beside them a branch
-    of `rank` columns that holds what they lose most of (SVDQuant): a bit more than half the bytes, and less exact.
+    of `rank` columns that holds what they lose most of (SVDQuant): a bit more than half the bytes, and less exact; or "w4a16",
+    the same codes of the weight without a branch, and an input that stays as it is: for calls of few rows, which wait for the
+    weight, and for inputs that no scale suits.
     "auto" is "int8" where that pays: a layer stays as it is where `predicted_gain` at `rows` rows, a call's samples times
     tokens, is no more than 1; it is rotated where its weight's SQNR is under 30 dB, and stays where that does not help.
     `balance`: the 16-bit operations that the machine does while it moves a byte: two cores with matrix tiles 120 to 300.
@@ -77,6 +79,8 @@ class Recipe:
             raise ValueError(f"smooth: expected 'none', 'weight' or a function of the model, got {self.smooth!r}")
         if self.rotate and self.rotate not in ROTATIONS:
             raise ValueError(f"rotate: expected 0, 64, 128 or 256, got {self.rotate!r}")
+        if self.kind == "w4a16" and (self.smooth != "none" or self.rotate):
+            raise ValueError("smooth, rotate: expected 'none' and 0 of kind 'w4a16', whose inputs are not coded")
         if isinstance(self.skip, str):
             raise ValueError(f"skip: expected a list of patterns, got the string {self.skip!r}")
 
@@ -93,7 +97,7 @@ class Recipe:
         if not (type(layer) is nn.Linear or type(layer) is nn.Conv2d) or hasattr(layer, "parametrizations"):
             return f"a subclass, another convolution or a parametrization: {type(layer).__name__}"
         if type(layer) is nn.Conv2d:
-            if self.kind == "w4a8_lowrank":
+            if self.kind.startswith("w4"):
                 return "no kernel of 4 bits for convolutions"
             if (why := QuantizedConv2d.unfit(layer)) is not None:
                 return f"no kernel: {why}"
@@ -113,6 +117,8 @@ class Recipe:
         """What takes a layer's place."""
         if isinstance(layer, nn.Conv2d):
             return QuantizedConv2d.of(layer, smooth)
+        if self.kind == "w4a16":
+            return WeightOnlyLinear.of(layer, self.group)
         rotate, how = self.columns(layer.in_features), {}
         if self.kind == "w4a8_lowrank":
             how = {"bits": 4, "group": self.group, "rank": self.rank}
@@ -224,6 +230,8 @@ def predicted_gain(layer: nn.Linear | nn.Conv2d, recipe: Recipe) -> float:
     columns = layer.weight.shape[1]  # of the input: of a convolution fewer than of its windows
     balance, four = recipe.balance, recipe.kind == "w4a8_lowrank"
     wide = max(2 * m * n * k / balance, 2 * (n * k + m * columns + m * n))
+    if recipe.kind == "w4a16":
+        return wide / max(2 * m * n * k / balance, n * k / 2 + n * k / recipe.group + 2 * m * (k + n))
     r = min(recipe.rank, n, k) if four else 0
     weight = n * k / 2 + n * k / recipe.group + -(-r // COLUMNS) * COLUMNS * k + 2 * r * n if four else n * k
     operations = m * (n + r) * k + 2 * m * n * r  # in 16 bits' time: two in 8 bits take that of one

@@ -14,7 +14,7 @@ import diffkernels as dk
 from diffkernels import Recipe, add_lora_, fuse_, quantize_
 from diffkernels.models import DiMR, dit
 from diffkernels.models.checkpoint import CheckpointError
-from diffkernels.nn import Fusable, QuantizedLinear
+from diffkernels.nn import Fusable, QuantizedLinear, WeightOnlyLinear
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -96,6 +96,29 @@ def test_beside_codes_it_is_as_near_as_the_codes_are(dtype, recipe, most, fused)
     added.remove()
     added.remove()
     assert torch.equal(coded(x.to(dtype), t, y), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beside_weight_only_layers_it_is_what_merging_gives(dtype) -> None:
+    plain, (x, t, y) = model().to(dtype), inputs()
+    quantize_(plain, "w4a16")
+    fuse_(plain)
+    layers = [m for m in plain.modules() if isinstance(m, WeightOnlyLinear)]
+    state, before = lora(plain), plain(x.to(dtype), t, y)
+    exact = copy.deepcopy(plain).float()
+    for name, layer in list(exact.named_modules()):
+        if isinstance(layer, WeightOnlyLinear):
+            made = nn.Linear(layer.in_features, layer.out_features)
+            made.weight.copy_(layer.weight), made.bias.copy_(layer.bias)
+            exact.set_submodule(name, made)
+    exact = merged(exact, state, 0.7)(x, t, y)
+    added = add_lora_(plain, state)
+    added.scale = 0.7
+    got = plain(x.to(dtype), t, y)
+    assert any(layer.branches for layer in layers) and all(block.mlp.fuses() for block in plain.blocks)
+    assert relative(got, exact) < (1e-5 if dtype == torch.float32 else 0.03) < relative(before, exact)
+    added.remove()
+    assert torch.equal(plain(x.to(dtype), t, y), before)
 
 
 def test_several_are_added_up_and_taken_off_one_by_one() -> None:

@@ -15,7 +15,7 @@ import diffkernels as dk
 from diffkernels import ops
 from diffkernels._case import Draw
 from diffkernels.models import CheckpointError, dit
-from diffkernels.nn import QuantizedLinear
+from diffkernels.nn import QuantizedLinear, WeightOnlyLinear
 from diffkernels.quantize import Recipe, predicted_gain, quantize_, shared, sqnr
 
 
@@ -301,7 +301,7 @@ def test_the_report_has_every_layer_and_the_reason() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(TypeError, match=r"model: expected an nn\.Module, got int"):
         quantize_(3)
-    with pytest.raises(ValueError, match="kind: expected one of int8, w4a8_lowrank, auto, got 'int3'"):
+    with pytest.raises(ValueError, match="kind: expected one of int8, w4a8_lowrank, w4a16, auto, got 'int3'"):
         quantize_(nn.Linear(2, 2), "int3")
     with pytest.raises(TypeError, match="recipe: expected a Recipe or a kind's name, got int"):
         quantize_(nn.Linear(2, 2), 8)
@@ -450,6 +450,85 @@ def test_the_predicted_gain_is_a_rooflines() -> None:
     assert predicted_gain(tall, Recipe(rows=2**20)) == pytest.approx(
         1 / 2, rel=0.05
     )  # by the input's, read twice and written once
+
+
+def test_a_weight_only_layer_is_the_map_of_its_weight() -> None:
+    """Whatever the input: none of it is coded. Of few rows the gain is that of the bytes, of many there is none."""
+    torch.manual_seed(0)
+    linear = nn.Linear(200, 130)
+    model = nn.Sequential(linear, nn.Conv2d(1, 1, 3))
+    report = quantize_(model, Recipe("w4a16", skip=(), min_elements=0, group=128, rows=4))
+    layer = model[0]
+    assert type(layer) is WeightOnlyLinear and report.layers[0].kind == "w4a16" and report.layers[0].after == layer.nbytes
+    assert report.layers[1].reason == "no kernel of 4 bits for convolutions" and 18 < report.layers[0].sqnr < 24
+    x = torch.randn(3, 200) * torch.logspace(-8, 8, 3)[:, None]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        got, exact = (
+            layer(x[1:2].to(dtype)),
+            nn.functional.linear(x[1:2].to(dtype).double(), layer.weight.double(), layer.bias.double()),
+        )
+        assert got.dtype == dtype and (got - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+    # Each row as exact as if it were alone: there is no scale for one to take from another.
+    assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))
+    state = model.state_dict()
+    assert set(state) >= {f"0.{name}" for name in ("qweight", "group_scale", "weight_scale", "bias")}
+    other = WeightOnlyLinear(200, 130, group=128)
+    other.load_state_dict({name[2:]: t for name, t in load(save(state)).items() if name[0] == "0"})
+    assert torch.equal(other(x), layer(x)) and torch.equal(other.half().packed, layer.packed)
+    assert other.weight_scale.dtype == torch.float32 and "group=128" in str(other)
+    with pytest.raises(ValueError, match=r"x: expected \[..., 200\], got shape \[3, 100\]"):
+        layer(x[:, :100])
+    with pytest.raises(ValueError, match="group: expected 64 or 128, got 32"):
+        WeightOnlyLinear(8, 8, group=32)
+    for wrong in ({"smooth": "weight"}, {"rotate": 64}):
+        with pytest.raises(ValueError, match="smooth, rotate: expected 'none' and 0 of kind 'w4a16'"):
+            Recipe("w4a16", **wrong)
+    big = nn.Linear(8192, 8192, device="meta")
+    assert predicted_gain(big, Recipe("w4a16", rows=1)) == pytest.approx(4 / (1 + 1 / 32), rel=0.01)
+    assert predicted_gain(big, Recipe("w4a16", rows=2**20)) == 1
+
+
+def test_a_weight_only_model_is_saved_loaded_and_fused(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, path = dit("S/8", num_classes=10, input_size=16, depth=2).eval(), tmp_path / "q.safetensors"
+    for p in model.parameters():
+        p.data.normal_(0, 0.05)
+    x, t, y = torch.randn(2, 4, 16, 16), torch.rand(2) * 1000, torch.tensor([1, 2])
+    plain, mixed = model(x, t, y), ["blocks.1.mlp.fc2"]
+    quantize_(model, Recipe("w4a16", filter_fn=lambda name, _: name not in mixed))
+    quantize_(model, Recipe(filter_fn=lambda name, _: name in mixed))
+    before = model(x, t, y)
+    assert 0.01 < (before - plain).norm() / plain.norm() < 0.3
+    dk.save(model, path)
+    again = dk.load(path)
+    assert torch.equal(again(x, t, y), before) and type(again.blocks[1].mlp.fc2) is QuantizedLinear
+    report = dk.fuse_(model)
+    assert [(line.name, line.chain) for line in report.fused] == [(f"blocks.{i}.mlp", "fc1 + GELU, fc2") for i in range(2)]
+    assert (model(x, t, y) - before).abs().max() < 1e-4 * before.abs().max() + 1e-6
+    hook = model.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
+    assert not model.blocks[0].mlp.fuses()
+    hook.remove()
+    alone = nn.Sequential(nn.GELU(), nn.Linear(128, 128))
+    quantize_(alone, Recipe("w4a16"))
+    assert [(line.name, line.reason) for line in dk.fuse_(alone).modules] == [("1", "its input is not coded")]
+    for change, words in (
+        (
+            lambda _, found: found["quantized"].update(weight_only=["blocks.9"]),
+            "weight_only: expected a list of quantized layers",
+        ),
+        (
+            lambda _, found: found["quantized"].update(weight_only=mixed),
+            "expected codes of 4 bits alone, got no blocks.1.mlp.fc2",
+        ),
+        (
+            lambda state, _: state.update({"blocks.0.mlp.fc1.smooth": torch.ones(384)}),
+            "codes of 4 bits alone, got blocks.0.mlp.fc1.smooth",
+        ),
+    ):
+        dk.save(model, path)
+        rewritten(path, change)
+        with pytest.raises(CheckpointError, match=words):
+            dk.load(path)
 
 
 def test_comparison_names_the_layer_that_differs() -> None:

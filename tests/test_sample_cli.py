@@ -118,6 +118,14 @@ def test_quantized_it_says_what_was_fused(
         assert json.loads(image.info["diffkernels"])["quantize"] == kind
 
 
+@pytest.mark.parametrize("model", ["digits", "dimr"])
+def test_weight_only_it_names_its_op(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+    out = tmp_path / "q.png"
+    assert call("--model", model, "--quantize", "w4a16", "--out", str(out), "--steps", "1", "--per-class", "1") == 0
+    told = capsys.readouterr().out
+    assert "w4a16: " in told and "linear_w4a16" in told and "linear_w8a8" not in told and "act_quantize" not in told
+
+
 def test_bundled_digits_are_read_as_meant() -> None:
     """By a judge of another kind than `digits.Judge`: the nearest real digit. And the reference rungs draw the same."""
     data = pytest.importorskip("sklearn.datasets", reason="scikit-learn holds the real digits").load_digits()

@@ -322,8 +322,8 @@ def _evaluate(
 
 
 def _ops(model: DiT | DiMR, args: argparse.Namespace) -> tuple[str, ...]:
-    ops = (OPS_IN_CODES if args.quantize else OPS)[type(model)]
-    return ops if args.quantize != "w4a8_lowrank" else (*ops, "linear_w4a8_lowrank")
+    ops = (OPS_IN_CODES if args.quantize in KINDS[:2] else OPS)[type(model)]
+    return (*ops, f"linear_{args.quantize}") if args.quantize in KINDS[1:] else ops
 
 
 def _steps(args: argparse.Namespace) -> str:

@@ -2,7 +2,8 @@
 
 A file of ours carries one metadata entry, "diffkernels", a JSON object: {"format": 1, "arch": "DiT", "config": {…},
 "about": {…}}, and of a quantized model also "quantized": {"kind": "int8", "layers": […]}, or kind "w4a8_lowrank" where a layer
-has 4 bits or a branch. Converted official weights have none; they load into a model that the caller has built.
+has 4 bits or a branch, or kind "w4a16" and "weight_only": […] where the inputs of such layers are not coded. Converted official
+weights have none; they load into a model that the caller has built.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from ..nn import Quantized, QuantizedConv2d, QuantizedLinear
+from ..nn import Quantized, QuantizedConv2d, QuantizedLinear, WeightOnlyLinear
 from ..ops.linear_w4a8_lowrank import GROUPS, check_w4
 
 FORMAT = 1
-KINDS = ("int8", "w4a8_lowrank")  # of quantized layers
+KINDS = ("int8", "w4a8_lowrank", "w4a16")  # of quantized layers
 KEY = "diffkernels"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -133,7 +134,8 @@ def save(
     # One entry, sorted: safetensors writes its entries in no fixed order, and the same weights shall be the same bytes.
     found = {"format": FORMAT, "arch": arch, "config": model.config, "about": dict(about or {})}
     if layers:
-        found["quantized"] = {"kind": _kind(model, layers), "layers": layers}
+        alone = [name for name in layers if isinstance(model.get_submodule(name), WeightOnlyLinear)]
+        found["quantized"] = {"kind": _kind(model, layers), "layers": layers} | ({"weight_only": alone} if alone else {})
     text = json.dumps(found, sort_keys=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -207,7 +209,9 @@ def _quantized_layers(model: nn.Module) -> list[str]:
 
 
 def _kind(model: nn.Module, layers: Sequence[str]) -> str:
-    """What a reader has to know: a layer's own tensors say which it is."""
+    """What a reader has to know; a layer's own tensors say which it is, but for whether its input is coded."""
+    if any(isinstance(m, WeightOnlyLinear) for m in map(model.get_submodule, layers)):
+        return KINDS[2]
     plain = all(m.bits == 8 and not m.rank for m in map(model.get_submodule, layers))
     return KINDS[0] if plain else KINDS[1]
 
@@ -217,6 +221,9 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
     said = found.get("quantized", {"kind": "int8", "layers": []})
     if not isinstance(said, dict) or said.get("kind") not in KINDS or not isinstance(said.get("layers"), list):
         raise CheckpointError(f"{path}: quantized: expected kind {' or '.join(KINDS)} and a list of layers, got {said!r:.80}")
+    alone = said.get("weight_only", [])
+    if not isinstance(alone, list) or any(name not in said["layers"] for name in alone):
+        raise CheckpointError(f"{path}: quantized: weight_only: expected a list of quantized layers, got {alone!r:.80}")
     modules, names = dict(model.named_modules()), set(file.keys())
     for name in said["layers"]:
         layer = modules.get(name) if isinstance(name, str) else None
@@ -236,6 +243,14 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
         if down is not None and (len(down) != 2 or not 1 <= down[0] <= min(k, layer.out_features) or down[1] != k):
             raise CheckpointError(f"{path}: {name}.down: expected [rank, {k}] with a rank of the weight's, got shape {down}")
         group = next((g for g in GROUPS if groups and groups[-1] == -(-k // g)), GROUPS[0])
+        if name in alone:
+            odd = [part for part in ("rotate", "smooth", "down") if f"{name}.{part}" in names]
+            if groups is None or odd:
+                what = f"{name}.{odd[0]}" if odd else f"no {name}.group_scale"
+                raise CheckpointError(f"{path}: quantized: weight_only: expected codes of 4 bits alone, got {what}")
+            only = WeightOnlyLinear(k, layer.out_features, has[0], group, device="meta")
+            setattr(modules[parent], last, only)
+            continue
         try:
             new = QuantizedLinear(k, layer.out_features, *has, rotate, bits, group, down[0] if down else 0, device="meta")
         except ValueError as error:

@@ -15,7 +15,7 @@ from .norms import (
     TimeDependentRMSNorm,
     TimeTable,
 )
-from .quantized import Quantized, QuantizedConv2d, QuantizedLinear, SideBranch, channels_last
+from .quantized import Quantized, QuantizedConv2d, QuantizedLinear, SideBranch, WeightOnlyLinear, channels_last
 from .rope import axial_rope, rope_table
 from .stack import Stack, StackedLinear
 from .transformer import Attention, Mlp, attend
@@ -44,6 +44,7 @@ __all__ = [
     "TimeDependentRMSNorm",
     "TimeTable",
     "TimestepEmbedder",
+    "WeightOnlyLinear",
     "attend",
     "axial_rope",
     "channels_last",

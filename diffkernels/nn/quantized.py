@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._linear import COLUMNS, MOST
 from ..ops._quantize import check_rotation, rotated
-from ..ops.linear_w4a8_lowrank import GROUPS
+from ..ops.linear_w4a8_lowrank import GROUPS, whole_w4
 
 
 class Quantized(nn.Module):
@@ -138,8 +138,7 @@ class QuantizedLinear(Quantized):
         check_rotation(in_features, rotate)
         if bits not in (4, 8):
             raise ValueError(f"bits: expected 4 or 8, got {bits!r}")
-        if group not in GROUPS:
-            raise ValueError(f"group: expected 64 or 128, got {group!r}")
+        _check_group(group)
         if rank < 0:
             raise ValueError(f"rank: expected 0 or more, got {rank}")
         self.in_features, self.out_features, self.rotate = in_features, out_features, rotate
@@ -300,6 +299,83 @@ class QuantizedLinear(Quantized):
         )
 
 
+class WeightOnlyLinear(Quantized):
+    """A Linear whose weight is codes of 4 bits, and whose input stays as it is: [..., in_features] -> [..., out_features].
+
+    Where a layer waits for its weight, of few rows, that is a quarter of the bytes; and no rounding of the input is added to
+    that of the weight. The codes are `QuantizedLinear`'s of 4 bits, with a scale an output and one for each `group` of 64 or
+    128 inputs. For inference; the result has the input's dtype.
+
+    A state dict holds `qweight`, int8 [out_features, in_features]; `group_scale`, uint8 [out_features, groups];
+    `weight_scale`, float32 [out_features]; `bias`.
+    """
+
+    group_scale: Tensor
+    down = down_scale = up = smooth = None
+    bits = 4
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, group: int = 64, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        _check_group(group)
+        self.in_features, self.out_features, self.group = in_features, out_features, group
+        self.register_buffer("packed", None, persistent=False)
+        self.register_buffer("group_scale", None, persistent=False)
+        self._pack(*self._blank(device))
+        self.register_buffer("weight_scale", torch.ones(out_features, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.branches: list[SideBranch] = []
+
+    def _blank(self, device: Any) -> tuple[Tensor, Tensor, None]:
+        n, k = self.out_features, self.in_features
+        scale = torch.ones(n, -(-k // self.group), dtype=torch.uint8, device=device)
+        return torch.zeros(n, k, dtype=torch.int8, device=device), scale, None
+
+    def _pack(self, codes: Tensor, group_scale: Tensor | None, down: Tensor | None) -> None:
+        assert group_scale is not None
+        self.packed, self.group_scale = ops.pack_w4(codes, group_scale)
+
+    def _unpacked(self) -> tuple[Tensor, Tensor, None]:
+        return *ops.unpack_w4(self.packed, self.group_scale, self.out_features, self.in_features), None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Linear, group: int = 64) -> WeightOnlyLinear:
+        """The same map, its weight rounded to codes; the bias is `linear`'s own."""
+        made = cls(linear.in_features, linear.out_features, False, group, device=linear.weight.device)
+        codes, group_scale, made.weight_scale = ops.code_w4(linear.weight, group)
+        made._pack(codes, group_scale, None)
+        made.bias = linear.bias
+        return made.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for, float32, or the bias's dtype: for a look; no product uses it."""
+        weight = whole_w4(self.packed, self.group_scale, self.out_features, self.in_features) * self.weight_scale.unsqueeze(-1)
+        return weight if self.bias is None else weight.to(self.bias.dtype)
+
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None, activation: str = "none"
+    ) -> Tensor:
+        """activation(the map of x) · gate + residual, as `ops.linear_w4a16` has them, and as it raises."""
+        if x.ndim < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected [..., {self.in_features}], got shape {list(x.shape)}")
+        low = up = None
+        if self.branches:
+            for branch in self.branches:  # no part of the model: they follow its input
+                if branch.up.device != x.device or branch.up.dtype != x.dtype:
+                    branch.to(x.device, x.dtype)
+            low = torch.cat([branch.alpha * branch.down(x) for branch in self.branches], -1)
+            up = torch.cat([branch.up for branch in self.branches])
+        given = (self.packed, self.group_scale, self.weight_scale, self.bias, low, up, gate, residual, activation)
+        return ops.linear_w4a16(x, *given)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, bias={self.bias is not None}, group={self.group}"
+
+
 class QuantizedConv2d(Quantized):
     """A Conv2d whose weight and input are codes of 8 bits, for inference: [B, C, H, W] -> [B, out_channels, H', W'].
 
@@ -434,6 +510,11 @@ class QuantizedConv2d(Quantized):
         )
 
 
+def _check_group(group: int) -> None:
+    if group not in GROUPS:
+        raise ValueError(f"group: expected 64 or 128, got {group!r}")
+
+
 def _check_smooth(smooth: Tensor | None, columns: int) -> None:
     if smooth is None:
         return
@@ -476,13 +557,15 @@ class SideBranch(nn.Module):
     """scale · factor · up (down x), to be added to what a Linear makes of x: see `add_lora_`.
 
     Beside a QuantizedLinear x comes as that layer's codes, `down` has 8 bits, smoothed and rotated as the layer's weight is,
-    and `up`, [rank, out_features], is bfloat16.
+    and `up`, [rank, out_features], is bfloat16. Beside another layer all of it has x's dtype.
     """
 
-    def __init__(self, layer: nn.Linear | QuantizedLinear, down: Tensor, up: Tensor, scale: float, factor: float) -> None:
+    def __init__(
+        self, layer: nn.Linear | QuantizedLinear | WeightOnlyLinear, down: Tensor, up: Tensor, scale: float, factor: float
+    ) -> None:
         super().__init__()
         coded = isinstance(layer, QuantizedLinear)
-        where = layer.packed if isinstance(layer, QuantizedLinear) else layer.weight
+        where = layer.packed if isinstance(layer, Quantized) else layer.weight
         dtype = torch.float32 if layer.bias is None else layer.bias.dtype
         linear = nn.Linear(layer.in_features, len(down), bias=False, device="meta")
         linear.weight = nn.Parameter(down.to(where.device, torch.float32), requires_grad=False)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .fusable import Fusable, uncoded
-from .quantized import QuantizedLinear
+from .fusable import Fusable, other_than, uncoded
+from .quantized import QuantizedLinear, WeightOnlyLinear
 
 
 def attend(qkv: Tensor, num_heads: int) -> Tensor:
@@ -32,7 +32,10 @@ class Attention(nn.Module):
 
 
 class Mlp(Fusable):
-    """Linear, GELU (tanh form), Linear: [..., D] -> [..., D]. Parameters: fc1, fc2. Fused, the GELU writes codes."""
+    """Linear, GELU (tanh form), Linear: [..., D] -> [..., D]. Parameters: fc1, fc2.
+
+    Fused, the GELU writes codes; or where fc1 is a `WeightOnlyLinear`, it is that layer's epilogue.
+    """
 
     def __init__(self, hidden_size: int, mlp_hidden: int) -> None:
         super().__init__()
@@ -40,12 +43,16 @@ class Mlp(Fusable):
         self.fc2 = nn.Linear(mlp_hidden, hidden_size)
 
     def chain(self) -> str:
-        return "fc1, GELU → codes, fc2"
+        return "fc1 + GELU, fc2" if type(self.fc1) is WeightOnlyLinear else "fc1, GELU → codes, fc2"
 
     def obstacle(self) -> str | None:
+        if type(self.fc1) is WeightOnlyLinear:
+            return other_than(WeightOnlyLinear, "fc1", self.fc1)
         return uncoded("fc2", self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
+        if type(self.fc1) is WeightOnlyLinear and self.fuses():
+            return self.fc2(self.fc1(x, activation="gelu_tanh"))
         h = self.fc1(x)
         return self.activated(h) if self.fuses() else self.fc2(F.gelu(h, approximate="tanh"))
 
