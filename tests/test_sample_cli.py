@@ -14,6 +14,7 @@ import diffkernels as dk
 from diffkernels.cli import sample
 from diffkernels.models import DiT, load, save
 from diffkernels.models.checkpoint import describe
+from diffkernels.quantize import Recipe, quantize_
 from diffkernels.sampling import SOLVERS, Sampler
 
 ASSET = Path(sample.__file__).parents[1] / "assets" / "digits_dit.safetensors"
@@ -124,6 +125,15 @@ def test_weight_only_it_names_its_op(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert call("--model", model, "--quantize", "w4a16", "--out", str(out), "--steps", "1", "--per-class", "1") == 0
     told = capsys.readouterr().out
     assert "w4a16: " in told and "linear_w4a16" in told and "linear_w8a8" not in told and "act_quantize" not in told
+
+
+def test_a_quantized_file_is_fused_and_says_what_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, path = load(ASSET), tmp_path / "q.safetensors"
+    quantize_(model, Recipe(min_elements=0))
+    save(model, path, about=describe(ASSET)["about"])
+    assert call("--model", str(path), "--out", str(tmp_path / "q.png"), "--steps", "1", "--per-class", "1") == 0
+    told = capsys.readouterr().out
+    assert "as it was saved; fused: 4 DiTBlock" in told and "linear_w8a8" in told and "gate_residual_norm" not in told
 
 
 def test_bundled_digits_are_read_as_meant() -> None:

@@ -28,6 +28,7 @@ from .. import RungError, __version__, digits, running
 from ..fuse import fuse_
 from ..models import DiMR, DiT, load
 from ..models.checkpoint import KINDS, describe
+from ..nn import Quantized, QuantizedLinear, WeightOnlyLinear
 from ..quantize import Recipe, quantize_
 from ..sampling import PREDICTIONS, SOLVERS, DiscreteVP, Sampler, dpm_adaptive
 from ..sampling.schedules import FINALS
@@ -136,6 +137,8 @@ def _run(args: argparse.Namespace) -> None:
         raise Refused(f"--per-class: expected at most {MOST} pictures in all, got {len(classes)} × {args.per_class}")
     model, about = _model(args.model)
     args.recipe = _quantize(model, args) if args.quantize else None
+    if args.recipe is None and any(isinstance(layer, Quantized) for layer in model.modules()):  # as its file has it
+        args.recipe = f"as it was saved; fused: {_fused(model)}"
     highest = model.labels - 1
     if max(classes) > highest:
         raise Refused(f"--classes: {args.model} has the labels 0 to {highest}, got {max(classes)}")
@@ -181,9 +184,13 @@ def _quantize(model: DiT | DiMR, args: argparse.Namespace) -> str:
     report = quantize_(model, Recipe(args.quantize, min_elements=0))
     if not report.quantized:
         raise Refused(f"--quantize: {args.model} has no Linear layer that can be quantized")
+    return f"{args.quantize}: {len(report.quantized)} of {len(report.layers)} layers; fused: {_fused(model)}"
+
+
+def _fused(model: DiT | DiMR) -> str:
+    """Fuses what can be, and says how many of what."""
     kinds = Counter(line.kind for line in fuse_(model).fused)
-    fused = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing"
-    return f"{args.quantize}: {len(report.quantized)} of {len(report.layers)} layers; fused: {fused}"
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing"
 
 
 def parse_classes(text: str) -> list[int]:
@@ -311,7 +318,7 @@ def _evaluate(
 
     name = f"{args.model}{f' in {args.quantize}' if args.quantize else ''}"
     title = f"{name}: {args.solver}, {_steps(args)}, guidance {args.guidance:g}, {len(labels)} pictures a seed"
-    ran = None if args.quiet else ", ".join(f"{op}: {running(op)}" for op in _ops(model, args))
+    ran = None if args.quiet else ", ".join(f"{op}: {running(op)}" for op in _ops(model))
     table = Table("", "read as meant", "Fréchet distance to the training images", title=title, caption=ran)
     for seed, (accuracy, distance) in enumerate(found, start=args.seed):
         table.add_row(f"seed {seed}", f"{100 * accuracy:.1f} %", f"{distance:.2f}")
@@ -321,9 +328,13 @@ def _evaluate(
     Console(highlight=False, width=110).print(table)
 
 
-def _ops(model: DiT | DiMR, args: argparse.Namespace) -> tuple[str, ...]:
-    ops = (OPS_IN_CODES if args.quantize in KINDS[:2] else OPS)[type(model)]
-    return (*ops, f"linear_{args.quantize}") if args.quantize in KINDS[1:] else ops
+def _ops(model: DiT | DiMR) -> tuple[str, ...]:
+    coded = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    of_four = [
+        *(["linear_w4a8_lowrank"] if any(layer.bits == 4 for layer in coded) else []),
+        *(["linear_w4a16"] if any(isinstance(layer, WeightOnlyLinear) for layer in model.modules()) else []),
+    ]
+    return (*(OPS_IN_CODES if coded else OPS)[type(model)], *of_four)
 
 
 def _steps(args: argparse.Namespace) -> str:
@@ -448,7 +459,7 @@ def _tell(args: argparse.Namespace, model: DiT | DiMR, path: Path, nfe: int, ms:
         **({"quantize": args.recipe} if args.recipe else {}),
         "solver": f"{' '.join([args.solver, *args.option])}, {_steps(args)}, guidance {args.guidance:g}",
         "evaluations": f"{nfe}" + (", each of a doubled batch (guidance)" if args.guidance != 1 else ""),
-        **{op: f"rung {running(op)}" for op in _ops(model, args)},
+        **{op: f"rung {running(op)}" for op in _ops(model)},
         "time": f"{ms:.1f} ms an image ({count} images)",
         "seed": str(args.seed),
         "written": str(path),
