@@ -132,10 +132,10 @@ def add_lora_(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike
 
 def _beside(branch: SideBranch, layer: Any, args: tuple[Tensor, ...], named: dict[str, Tensor], y: Tensor) -> Tensor:
     """The forward hook of a Linear that is not quantized. A hook's tensors are no part of the model: they follow its input."""
-    if branch.up.device != y.device or branch.up.dtype != y.dtype:
-        branch.to(y.device, y.dtype)
+    if branch.up.device != y.device:
+        branch.to(y.device)
     x = args[0] if args else named["input"]
-    return y + branch.alpha * (branch.down(x.to(y.dtype)) @ branch.up)
+    return y + branch.beside(x.to(y.dtype)).to(y.dtype) @ branch.up.to(y.dtype)
 
 
 def _factors(source: Mapping[str, Tensor]) -> dict[str, _Factors]:

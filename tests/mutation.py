@@ -351,17 +351,17 @@ MUTATIONS = [
         kernel("linear_w4a16"),
     ),
     Mutation(
-        "what lies past the last input multiplied too",
+        "the second half of a chunk from the first",
         "csrc/cpu/linear_w4a16.cpp",
-        "row[i * kRows] = 0",
-        "row[i * kRows] = 1",
+        "x + kHalf * kRows, n - kHalf",
+        "x, n - kHalf",
         kernel("linear_w4a16"),
     ),
     Mutation(
         "a LoRA beside a weight-only layer at its own alpha",
         "diffkernels/nn/quantized.py",
-        "[branch.alpha * branch.down(x)",
-        "[branch.scale * branch.down(x)",
+        "return self.alpha * F.linear",
+        "return self.scale * F.linear",
         ("tests/test_lora.py", "weight_only"),
     ),
     Mutation(

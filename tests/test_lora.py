@@ -121,6 +121,23 @@ def test_beside_weight_only_layers_it_is_what_merging_gives(dtype) -> None:
     assert torch.equal(plain(x.to(dtype), t, y), before)
 
 
+def test_beside_weight_only_layers_it_keeps_its_own_digits() -> None:
+    """A call in another dtype rounds nothing for good, and is compiled whole; what float16 cannot hold goes around it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1024, 130, bias=False))
+    quantize_(net, Recipe("w4a16", skip=(), min_elements=0))
+    down, up = torch.randn(8, 1024), torch.randn(130, 8) / 2000
+    add_lora_(net, {"0.lora_down.weight": down, "0.lora_up.weight": up, "0.alpha": torch.tensor(32)})
+    x = torch.randn(3, 1024)
+    before = net(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    assert relative(compiled(x.bfloat16()), before) < 0.01 and torch.equal(net(x), before)
+    large = (1e4 * x).half()
+    assert torch.nn.functional.linear(large, down.half()).isinf().any()
+    assert relative(net(large), net(large.float())) < 1e-3
+
+
 def test_several_are_added_up_and_taken_off_one_by_one() -> None:
     coded, call = model(), inputs()
     one, two = lora(coded), lora(coded, ("mlp.fc1",), rank=2)

@@ -505,6 +505,12 @@ def test_a_weight_only_model_is_saved_loaded_and_fused(tmp_path) -> None:
     report = dk.fuse_(model)
     assert [(line.name, line.chain) for line in report.fused] == [(f"blocks.{i}.mlp", "fc1 + GELU, fc2") for i in range(2)]
     assert (model(x, t, y) - before).abs().max() < 1e-4 * before.abs().max() + 1e-6
+    other = dit("S/8", num_classes=10, input_size=16, depth=2)
+    quantize_(other, Recipe("w4a8_lowrank", rank=0, filter_fn=lambda name, _: name not in mixed))
+    quantize_(other, Recipe(filter_fn=lambda name, _: name in mixed))
+    with pytest.raises(CheckpointError, match=r"weight_only: expected the model's \[\], got \['blocks.0.attn.qkv'"):
+        dk.load(path, other)
+    dk.load(path, model)
     hook = model.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
     assert not model.blocks[0].mlp.fuses()
     hook.remove()
@@ -514,8 +520,10 @@ def test_a_weight_only_model_is_saved_loaded_and_fused(tmp_path) -> None:
     for change, words in (
         (
             lambda _, found: found["quantized"].update(weight_only=["blocks.9"]),
-            "weight_only: expected a list of quantized layers",
+            "weight_only: expected some of the layers, of kind w4a16 alone",
         ),
+        (lambda _, found: found["quantized"].update(kind="int8"), "weight_only: expected some of the layers, of kind w4a16"),
+        (lambda _, found: found["quantized"].update(weight_only=[["blocks.0.mlp.fc1"]]), "weight_only: expected some of"),
         (
             lambda _, found: found["quantized"].update(weight_only=mixed),
             "expected codes of 4 bits alone, got no blocks.1.mlp.fc2",

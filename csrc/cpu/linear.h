@@ -17,8 +17,9 @@ namespace {
 
 constexpr int kPanel = 64, kDepth = 4;                          // pack_w8's and pack_w4's
 constexpr int64_t kBlockBytes = 256 * 1024 * (kTiles ? 2 : 1);  // of x, as it lies: a part of the second cache
-constexpr int64_t kWhole = 128;                                 // inputs that begin a chunk: those of a group
-constexpr int64_t kSerialProducts = 1024 * 1024;                // work below this is not worth a second thread
+constexpr int64_t kMostBytes = 16 * kBlockBytes;  // of x, where chunks of it meet chunks of the weight: each thread has its own
+constexpr int64_t kWhole = 128;                   // inputs that begin a chunk: those of a group
+constexpr int64_t kSerialProducts = 1024 * 1024;  // work below this is not worth a second thread
 
 // What the epilogue wants to know of a row: found once, for divisions take longer than the rest of it.
 struct Known {
@@ -39,6 +40,7 @@ struct Call {
     int64_t line_bytes;            // of the first
     int64_t block;                 // rows of x that are laid out at a time, whole tiles
     int64_t chunk;                 // inputs of a panel that meet all rows of a block before the next do
+    int64_t group;                 // of 4-bit codes that share a scale
     int64_t panel_room;            // bytes of what is unpacked of a panel, or 0
     int64_t row_room;              // bytes of a row that is put together before it is laid out, or 0
     char* scratch;
@@ -283,7 +285,8 @@ void plan(Call& c, int64_t line, int64_t chunk = INT64_MAX, int64_t bytes = kBlo
     c.narrow = P::kInTiles && c.rank && c.low.view.dtype == DType::bf16 && c.up.view.dtype == DType::bf16;
     c.low_line = c.narrow ? (c.rank + 31) / 32 * 32 : c.rank;
     const int64_t met = c.chunk < c.depth ? c.chunk * static_cast<int64_t>(sizeof(typename P::Element)) : c.line_bytes;
-    const int64_t tiles = (c.rows + P::kRows - 1) / P::kRows, most = met ? bytes / (P::kRows * met) : tiles;
+    const int64_t tiles = (c.rows + P::kRows - 1) / P::kRows, room = met ? bytes / (P::kRows * met) : tiles;
+    const int64_t whole = c.line_bytes ? kMostBytes / (P::kRows * c.line_bytes) : tiles, most = room < whole ? room : whole;
     const int64_t blocks = most < 1 ? tiles : (tiles + most - 1) / most;
     c.block = (blocks ? (tiles + blocks - 1) / blocks : 1) * P::kRows;  // of one size, or a thread would wait for the other
 }

@@ -3,7 +3,8 @@
 // Idea: linear.h. A code of 4 bits times its group's whole scale lies in -128..112: exact in bfloat16, as its product with a
 // bfloat16 of x is in float32. A panel is unpacked to bfloat16, inputs side by side in pairs, by chunks that stay in a near
 // cache. Where x is bfloat16, matrix tiles take them so; the vector units take one half of a pair after the other, in float32.
-// Chunks are summed apart and then together: more exact than one long sum.
+// Chunks are summed apart and then together: more exact than one long sum. Of few rows unpacking would take longer than the
+// product: there codes are looked up as they are, and scales meet the sums of their groups.
 // Takes: x of any strides and any of the three floats, as y is; bias, low, up, gate and residual likewise, each of its own.
 // Floor: K multiply-adds a result; of few rows, half a byte of the weight each.
 // Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/linear_w4a16.cpp
@@ -146,6 +147,86 @@ struct Tiles {
     }
 };
 
+#if defined(__AMX_BF16__) || defined(DK_EMULATE_TILES)
+constexpr bool kByGroups = true;
+// bfloat16 through matrix tiles, of so few rows that unpacking takes longer than the product: a code is looked up, and its
+// group's scale waits for the group's sums. Codes of a word lie 16 bits apart where they are looked up, so the inputs that
+// make a pair are 0 and 2 of eight, 4 and 6, 1 and 3, 5 and 7: x is laid out in that order.
+struct Groups : Tiles {
+    static constexpr int64_t kChunk = 256;
+
+    static void lay_out(const Call& c, Nowhere x, int64_t from, int64_t rows, bf16* to, int8_t* room, Known* known) {
+        Tiles::lay_out(c, x, from, rows, to, room, known);
+        for (int64_t r = 0; r < rows; ++r, to += c.line)
+            for (int64_t k = 0; k < c.depth; k += PackedW4::kEight) {
+                bf16 of[PackedW4::kEight];
+                std::memcpy(of, to + k, sizeof of);
+                for (int i = 0; i < 4; ++i) to[k + i] = of[2 * i], to[k + 4 + i] = of[2 * i + 1];
+            }
+    }
+
+    // w: of each group its scales, float32 [64], and its codes
+    template <int kSome>
+    __attribute__((noinline)) static void multiply(const uint8_t* w, const bf16* x, const Call& c, int64_t n, bool add,
+                                                   uint32_t* to, const Aside&) {
+        alignas(64) float group[kSome * kColumns];
+        const int rows = c.rows < kSome ? static_cast<int>(c.rows) : kSome;
+        if (n == 0) std::memset(to, 0, sizeof group);
+        for (int64_t k = 0, some; k < n; k += some) {
+            some = n - k < c.group ? n - k : c.group;
+            const int64_t lanes = (some + kStepOfTiles - 1) / kStepOfTiles * kTileLanes;
+            const float* const scale = reinterpret_cast<const float*>(w);
+            w += PackedW4::kRow;
+            square<false, false, kSome / kTileRows, 2>(x + k, c.line / 2, w, kPanel, kTileLanes, group, kColumns, lanes);
+            w += lanes * PackedW4::kRow;
+            for (int v = 0; v < kColumns; v += kLanes) {
+                const F by = load(scale + v);
+                for (int r = 0; r < rows; ++r) {
+                    float* const sum = reinterpret_cast<float*>(to) + r * kColumns + v;
+                    store(sum, fma(load(group + r * kColumns + v), by, add || k > 0 ? load(sum) : F{}));
+                }
+            }
+        }
+    }
+};
+
+struct WeightByGroups : PackedW4 {
+    __attribute__((noinline)) const uint8_t* panel(const Call&, int64_t p, int64_t first, int64_t n, uint8_t* to) const {
+        alignas(64) uint16_t values[32];  // of a code in bfloat16, twice: of five bits that are looked up the last is another's
+        for (int i = 0; i < 32; ++i) {
+            const float value = static_cast<float>(i % 16 - 8);
+            uint32_t bits;
+            std::memcpy(&bits, &value, sizeof bits);
+            values[i] = static_cast<uint16_t>(bits >> 16);
+        }
+        const __m512i table = _mm512_load_si512(values);
+        const int64_t step = (group / 2 + 1) * kRow;
+        const int shift = group == 64 ? 3 : 4;  // words of a group
+        each(p, first, n, [&](int64_t j, U scale) __attribute__((always_inline)) {
+            const F by = __builtin_convertvector(bit_cast<I>(scale), F);
+            return [=](int64_t i, U words) __attribute__((always_inline)) {
+                const int64_t of = i >> shift, k = i - (of << shift);
+                uint8_t* const at = to + of * step + j * kDepth;
+                if (k == 0) store(reinterpret_cast<float*>(at), by);
+#pragma GCC unroll 4
+                for (int h = 0; h < 4; ++h)
+                    _mm512_storeu_si512(at + (1 + 4 * k + h) * kRow,
+                                        _mm512_permutexvar_epi16(bit_cast<__m512i>(words >> 4 * h), table));
+            };
+        });
+        const int64_t last = n % group, there = (last + kEight - 1) / kEight * kEight;
+        const int64_t whole = (last + kStepOfTiles - 1) / kStepOfTiles * kStepOfTiles;
+        if (there < whole)
+            std::memset(to + n / group * step + kRow + there / 2 * kRow, 0, static_cast<size_t>((whole - there) / 2 * kRow));
+        return to;
+    }
+};
+#else
+constexpr bool kByGroups = false;
+struct Groups : Tiles {};
+struct WeightByGroups : PackedW4 {};
+#endif
+
 struct Weight : PackedW4 {
     // [pair of inputs][64][2] of bfloat16, zeros up to a whole product of tiles
     __attribute__((noinline)) const uint8_t* panel(const Call&, int64_t p, int64_t first, int64_t n, uint8_t* to) const {
@@ -170,36 +251,44 @@ struct Weight : PackedW4 {
     }
 };
 
-Refusal describe(Call& c, Weight& w, View y, View x, View weight, View group_scale, View weight_scale, Optional bias,
+bool by_groups(const Call& c) { return kByGroups && c.x.dtype == DType::bf16 && c.rows <= Groups::kRows; }
+
+Refusal describe(Call& c, PackedW4& w, View y, View x, View weight, View group_scale, View weight_scale, Optional bias,
                  Optional low, Optional up, Optional gate, Optional residual) {
     if (x.dtype > DType::bf16 || y.dtype != x.dtype) return "x: not float32, float16 or bfloat16, or not of y's dtype";
     if (Refusal why = describe_rows(c, y, x, weight_scale, bias, low, up, gate, residual)) return why;
-    if (kTiles && x.dtype == DType::bf16)
+    if (Refusal why = w.describe(c, weight, group_scale)) return why;
+    c.group = w.group;
+    if (by_groups(c))
+        plan<Groups>(c, Groups::line(c), Groups::kChunk);
+    else if (kTiles && x.dtype == DType::bf16)
         plan<Tiles>(c, Tiles::line(c), Tiles::kChunk, 2 * kBlockBytes);
     else
         plan<Vectors>(c, Vectors::line(c), Vectors::kChunk);
-    c.panel_room = (c.chunk + kStepOfTiles - 1) / kStepOfTiles * kStepOfTiles / 2 * w.kRow;
-    return w.describe(c, weight, group_scale);
+    c.panel_room = ((c.chunk + kStepOfTiles - 1) / kStepOfTiles * kStepOfTiles / 2 + (c.chunk + 63) / 64) * w.kRow;
+    return nullptr;
 }
 
 int64_t bytes(Stream, View y, View x, View weight, View group_scale, View weight_scale, Optional bias, Optional low,
               Optional up, Optional gate, Optional residual, Text) {
     Call c{};
-    Weight w{};
+    PackedW4 w{};
     return describe(c, w, y, x, weight, group_scale, weight_scale, bias, low, up, gate, residual) ? 0 : scratch_of(c);
 }
 
 Refusal linear_w4a16(Stream stream, View y, View x, View weight, View group_scale, View weight_scale, Optional bias,
                      Optional low, Optional up, Optional gate, Optional residual, Text activation) {
     Call c{};
-    Weight w{};
+    PackedW4 w{};
     if (Refusal why = describe(c, w, y, x, weight, group_scale, weight_scale, bias, low, up, gate, residual)) return why;
     return for_dtype(Floats{}, y.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
-        if constexpr (kTiles && decltype(tag)::value == DType::bf16)
-            return linear<Tiles, T>(stream, c, Nowhere{}, w, activation);
-        else
-            return linear<Vectors, T>(stream, c, Nowhere{}, w, activation);
+        if constexpr (decltype(tag)::value == DType::bf16) {
+            if constexpr (kByGroups)
+                if (by_groups(c)) return linear<Groups, T>(stream, c, Nowhere{}, WeightByGroups{w}, activation);
+            if constexpr (kTiles) return linear<Tiles, T>(stream, c, Nowhere{}, Weight{w}, activation);
+        }
+        return linear<Vectors, T>(stream, c, Nowhere{}, Weight{w}, activation);
     });
 }
 

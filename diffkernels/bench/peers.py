@@ -235,12 +235,16 @@ def _float_conv(op: Op, given: dict[str, Any]) -> Call:
     return lambda: layer(wide).permute(0, 2, 3, 1) + residual
 
 
+def _bare(kwargs: dict[str, Any]) -> None:
+    if any(kwargs.get(name) is not None for name in ("gate", "residual", "low")):
+        raise Skip("has neither gate nor residual nor a branch")
+
+
 def _float_linear(op: Op, kwargs: dict[str, Any]) -> tuple[nn.Linear, Callable[[Tensor], Tensor], Tensor]:
     """What a quantized Linear's codes stand for, in the result's dtype: the layer, what follows it, and its input."""
     if op.name not in ("linear_w8a8", "linear_w4a16"):
         raise Skip("stands in for quantized linear layers only")
-    if kwargs.get("gate") is not None or kwargs.get("residual") is not None:
-        raise Skip("has neither gate nor residual")
+    _bare(kwargs)
     x, scale = kwargs["x"], kwargs["weight_scale"]
     if op.name == "linear_w4a16":
         dtype, codes = x.dtype, whole_w4(kwargs["weight"], kwargs["group_scale"], scale.shape[0], x.shape[-1])
@@ -268,17 +272,25 @@ def int4pack(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     """PyTorch's own product of bfloat16 with 4-bit weights on CPUs, then bias and activation."""
     if op.name != "linear_w4a16" or kwargs["x"].device.type != "cpu" or kwargs["x"].dtype != torch.bfloat16:
         raise Skip("stands in for bfloat16 on CPUs with weights of 4 bits only")
-    x, scale, bias = kwargs["x"], kwargs["weight_scale"], kwargs["bias"]
+    _bare(kwargs)
+    x, scale, bias = kwargs["x"], kwargs["weight_scale"], kwargs.get("bias")
     codes, groups = unpack_w4(kwargs["weight"], kwargs["group_scale"], scale.shape[0], x.shape[-1])
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes + 8).int(), 1)
     scales = (groups * scale.unsqueeze(-1)).t()
     both = torch.stack((scales, torch.zeros_like(scales)), -1).to(x.dtype).contiguous()
     activation, group = ACTIVATIONS[kwargs.get("activation", "none")], 64 if groups.shape[1] == -(-x.shape[-1] // 64) else 128
-    return lambda given: lambda: activation(torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both) + bias)
+
+    def call() -> Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both)
+        return activation(y if bias is None else y + bias)
+
+    return lambda given: call
 
 
 def torchao(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     """torchao's dynamic W8A8 linear layer, which finds its input's codes itself."""
+    if op.name != "linear_w8a8":
+        raise Skip("stands in for layers of 8 bits only")
     layer, activation, x = _float_linear(op, kwargs)
     quantization = _library("torchao.quantization")
     quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig())

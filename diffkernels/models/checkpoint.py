@@ -222,8 +222,12 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
     if not isinstance(said, dict) or said.get("kind") not in KINDS or not isinstance(said.get("layers"), list):
         raise CheckpointError(f"{path}: quantized: expected kind {' or '.join(KINDS)} and a list of layers, got {said!r:.80}")
     alone = said.get("weight_only", [])
-    if not isinstance(alone, list) or any(name not in said["layers"] for name in alone):
-        raise CheckpointError(f"{path}: quantized: weight_only: expected a list of quantized layers, got {alone!r:.80}")
+    some = isinstance(alone, list) and all(isinstance(name, str) for name in (*alone, *said["layers"]))
+    if not some or not set(alone) <= set(said["layers"]) or bool(alone) != (said["kind"] == KINDS[2]):
+        raise CheckpointError(
+            f"{path}: quantized: weight_only: expected some of the layers, of kind {KINDS[2]} alone; got {alone!r:.80}"
+        )
+    alone = set(alone)
     modules, names = dict(model.named_modules()), set(file.keys())
     for name in said["layers"]:
         layer = modules.get(name) if isinstance(name, str) else None
@@ -231,7 +235,7 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
             raise CheckpointError(f"{path}: quantized: expected the names of Linear layers and convolutions, got {name!r}")
         parent, _, last = name.rpartition(".")
         has = (layer.bias is not None, f"{name}.smooth" in names)
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and name not in alone:
             conv = QuantizedConv2d(*QuantizedConv2d.settings(layer), *has, device="meta")
             setattr(modules[parent], last, conv)
             continue
@@ -239,6 +243,8 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
         groups, down = (
             _shape(file, f"{name}.{part}") if f"{name}.{part}" in names else None for part in ("group_scale", "down")
         )
+        if isinstance(layer, nn.Conv2d):
+            raise CheckpointError(f"{path}: quantized: weight_only: expected the names of Linear layers, got {name!r}")
         k, bits = layer.in_features, 8 if groups is None else 4
         if down is not None and (len(down) != 2 or not 1 <= down[0] <= min(k, layer.out_features) or down[1] != k):
             raise CheckpointError(f"{path}: {name}.down: expected [rank, {k}] with a rank of the weight's, got shape {down}")
@@ -288,6 +294,10 @@ def _same(path: Path, found: Mapping[str, Any], model: nn.Module) -> None:
     arch, config = type(model).__name__, getattr(model, "config", {})
     if found.get("arch") != arch:
         raise CheckpointError(f"{path}: expected arch {arch!r}, got {found.get('arch')!r}")
+    said, own = found.get("quantized"), [name for name, m in model.named_modules() if isinstance(m, WeightOnlyLinear)]
+    alone = said.get("weight_only", []) if isinstance(said, dict) else []
+    if alone != own:  # no tensor shows it
+        raise CheckpointError(f"{path}: quantized: weight_only: expected the model's {own!r:.200}, got {alone!r:.200}")
     for key, value in _lasting(found["config"]).items():
         if _lasting(config.get(key)) != value:
             raise CheckpointError(f"{path}: config: {key}: expected the model's {config.get(key)!r}, got {value!r}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -363,10 +364,7 @@ class WeightOnlyLinear(Quantized):
             raise ValueError(f"x: expected [..., {self.in_features}], got shape {list(x.shape)}")
         low = up = None
         if self.branches:
-            for branch in self.branches:  # no part of the model: they follow its input
-                if branch.up.device != x.device or branch.up.dtype != x.dtype:
-                    branch.to(x.device, x.dtype)
-            low = torch.cat([branch.alpha * branch.down(x) for branch in self.branches], -1)
+            low = torch.cat([branch.beside(x) for branch in self.branches], -1)
             up = torch.cat([branch.up for branch in self.branches])
         given = (self.packed, self.group_scale, self.weight_scale, self.bias, low, up, gate, residual, activation)
         return ops.linear_w4a16(x, *given)
@@ -557,7 +555,7 @@ class SideBranch(nn.Module):
     """scale · factor · up (down x), to be added to what a Linear makes of x: see `add_lora_`.
 
     Beside a QuantizedLinear x comes as that layer's codes, `down` has 8 bits, smoothed and rotated as the layer's weight is,
-    and `up`, [rank, out_features], is bfloat16. Beside another layer all of it has x's dtype.
+    and `up`, [rank, out_features], is bfloat16. Beside another layer both are of the dtype of its bias, or float32.
     """
 
     def __init__(
@@ -588,6 +586,11 @@ class SideBranch(nn.Module):
     def low(self, coded: Sequence[Tensor]) -> Tensor:
         """alpha · down x, of a QuantizedLinear's codes of x."""
         return _down(coded, self.down.packed, self.down.weight_scale * self.alpha)  # type: ignore[arg-type, operator]
+
+    def beside(self, x: Tensor) -> Tensor:
+        """alpha · down x, of an x that is not coded; of float16 in float32, for float16 may not hold it."""
+        wide = torch.float32 if x.dtype == torch.float16 else x.dtype
+        return self.alpha * F.linear(x.to(wide), self.down.weight.to(wide))  # type: ignore[arg-type, union-attr]
 
     def _apply(self, fn: Any, recurse: bool = True) -> SideBranch:
         up = self.up

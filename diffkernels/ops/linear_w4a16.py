@@ -66,7 +66,13 @@ def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
             "groups-128",
             lambda d: _drawn(d, 37, 260, n=130, group=128, activation="gelu", **_linear.low_rank(d, 37, r=33, n=130)),
         ),
-        Case("chunks", lambda d: _drawn(d, 75, 1101, n=70, bias=d.f32(70), activation="gelu_tanh")),
+        Case(
+            "chunks",
+            lambda d: _drawn(
+                d, 75, 2305, n=130, bias=d.f32(130), activation="gelu_tanh", **_linear.low_rank(d, 75, r=5, n=130)
+            ),
+        ),
+        Case("few", lambda d: _drawn(d, 23, 777, n=70, group=128, bias=d(70))),
         Case("gated", lambda d: _drawn(d, 2, 9, 40, n=65, bias=d(65), gate=d(2, 65), residual=d(2, 9, 65))),
         Case("silu", lambda d: _drawn(d, 2, 9, 128, n=33, activation="silu", **_linear.low_rank(d, 2, 9, r=16, n=33))),
         Case("vector", lambda d: _drawn(d, 31, n=3)),
@@ -94,7 +100,8 @@ def linear_w4a16(
     """activation(x Wᵀ · weight_scale + bias + low up) · gate + residual with a weight of 4 bits, and x as it is.
 
     Of W's whole numbers, in -128..112, each is a code of 4 bits times a scale of its group of 64 or 128 inputs. They are exact
-    in bfloat16: their products with x, and the sums of these, lose no more than a Linear's in x's dtype do.
+    in bfloat16: their products with x, and the sums of these, lose no more than a Linear's in x's dtype do. The order of the
+    sums, and with it a last bit, may depend on how many rows a call has.
 
     Args:
         x: [..., K], float32, float16 or bfloat16, any strides.

@@ -142,8 +142,10 @@ def product(
         return "a scale is not float32, or the result float64"
     if any(t is not None and t.dtype not in _norm.FLOATS for t in (bias, low, up)):
         return "bias, low or up: not float32, float16 or bfloat16"
-    if DTYPES.get(dtype) != y.dtype or activation not in ACTIVATIONS or weight_scale.ndim != 1 or k > MOST:
-        return "dtype, activation, x or weight_scale: not a known one"
+    if DTYPES.get(dtype) != y.dtype or activation not in ACTIVATIONS or weight_scale.ndim != 1:
+        return "dtype, activation or weight_scale: not a known one"
+    if x_scale is not None and k > MOST:
+        return "x: rows whose products need more than 32 bits"
     n = weight_scale.shape[0]
     panels, group = triton.cdiv(n, COLUMNS), 1
     if group_scale is not None:
