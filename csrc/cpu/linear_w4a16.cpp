@@ -153,7 +153,7 @@ constexpr bool kByGroups = true;
 // group's scale waits for the group's sums. Codes of a word lie 16 bits apart where they are looked up, so the inputs that
 // make a pair are 0 and 2 of eight, 4 and 6, 1 and 3, 5 and 7: x is laid out in that order.
 struct Groups : Tiles {
-    static constexpr int64_t kChunk = 256;
+    static constexpr int64_t kChunk = 128;
 
     static void lay_out(const Call& c, Nowhere x, int64_t from, int64_t rows, bf16* to, int8_t* room, Known* known) {
         Tiles::lay_out(c, x, from, rows, to, room, known);
