@@ -1,10 +1,10 @@
 // y = activation(conv(x, W) * x_scale * weight_scale + bias) * gate + residual over 8-bit codes of x and W, channels last
 //
 // Idea: linear_int8.h, where a row of x is a window of pixels, put together when a block of rows is laid out: once for all
-// panels of outputs. A window's lines lie whole where pixels lie side by side; beyond the picture there are zeros. Takes: codes
-// and scales as the op does, any strides but the weight's; y, bias, gate and residual of any of the three floats. Floor: kernel
-// * kernel * C multiply-adds a result. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c
-// csrc/cpu/conv2d_w8a8.cpp
+// panels of outputs. A window's lines lie whole where pixels lie side by side; beyond the picture there are zeros.
+// Takes: codes and scales as the op does, any strides but the weight's; y, bias, gate and residual of any of the three floats.
+// Floor: kernel * kernel * C multiply-adds a result.
+// Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/conv2d_w8a8.cpp
 #include "linear_int8.h"
 
 namespace dk {

@@ -138,18 +138,16 @@ struct Int8 {
         }
     }
 
-    // Sums over n inputs of a tile's first kSome rows, [kRows][kColumns]; with `add` beside those that are there.
+    // Sums over n inputs, all of them, of a tile's first kSome rows, [kRows][kColumns].
 #if defined(__AMX_INT8__) || defined(DK_EMULATE_TILES)
     template <int kSome>
-    __attribute__((noinline)) static void multiply(const uint8_t* w, const Code* x, const Call& c, int64_t n, bool add,
+    __attribute__((noinline)) static void multiply(const uint8_t* w, const Code* x, const Call& c, int64_t n, bool,
                                                    uint32_t* to, const Aside& aside) {
         constexpr int kTall = kSome / kTileRows;
         const int64_t line = c.line, words = (n + kDepth - 1) / kDepth, whole = words / kTileLanes * kTileLanes;
         const int rows = static_cast<int>(kRows * kTileLanes / (words + 1) + 1);  // of the other tile, a step
         const auto step = [&]() __attribute__((always_inline)) { aside(rows); };
-        if (add)
-            square<true, true, kTall, kVectors, 2>(x, line / kDepth, w, kPanel, kLanes, to, kColumns, whole, step);
-        else if (c.rows <= kRows)  // each weight is read once, and comes from far
+        if (c.rows <= kRows)  // each weight is read once, and comes from far
             square<true, false, kTall, kVectors, 4>(x, line / kDepth, w, kPanel, kLanes, to, kColumns, whole, step);
         else
             square<true, false, kTall, kVectors, 2>(x, line / kDepth, w, kPanel, kLanes, to, kColumns, whole, step);
@@ -161,8 +159,8 @@ struct Int8 {
     }
 #else
     template <int kSome>
-    __attribute__((noinline)) static void multiply(const uint8_t* w, const Code* x, const Call&, int64_t n, bool add,
-                                                   uint32_t* to, const Aside&) {
+    __attribute__((noinline)) static void multiply(const uint8_t* w, const Code* x, const Call&, int64_t n, bool, uint32_t* to,
+                                                   const Aside&) {
         U sum[kSome][kVectors] = {};
 #pragma GCC unroll 1
         for (int64_t k = 0; k < n; k += kDepth, w += kPanel * kDepth, x += kRows * kDepth) {
@@ -177,17 +175,11 @@ struct Int8 {
                 for (int v = 0; v < kVectors; ++v) sum[r][v] = dot(sum[r][v], b[v], a);
             }
         }
-        const auto put = [&](U v, uint32_t* p) __attribute__((always_inline)) {
-            U before = {};
-            if (add) std::memcpy(&before, p, sizeof before);
-            v += before;
-            std::memcpy(p, &v, sizeof v);
-        };
 #pragma GCC unroll 12
         for (int r = 0; r < kSome; ++r, to += kColumns) {
             if constexpr (kWide == kLanes) {
 #pragma GCC unroll 2
-                for (int v = 0; v < kVectors; ++v) put(sum[r][v], to + v * kLanes);
+                for (int v = 0; v < kVectors; ++v) std::memcpy(to + v * kLanes, &sum[r][v], sizeof(U));
             } else {  // even and odd pairs
                 const Pair two = {bit_cast<F>(sum[r][0]), bit_cast<F>(sum[r][kVectors - 1])};
 #if defined(__AVX512F__)
@@ -199,7 +191,8 @@ struct Int8 {
                 const F even = __builtin_shufflevector(two.lo, two.hi, 0, 2, 4, 6, 8, 10, 12, 14),
                         odd = __builtin_shufflevector(two.lo, two.hi, 1, 3, 5, 7, 9, 11, 13, 15);
 #endif
-                put(bit_cast<U>(even) + bit_cast<U>(odd), to);
+                const U both = bit_cast<U>(even) + bit_cast<U>(odd);
+                std::memcpy(to, &both, sizeof both);
             }
         }
     }
@@ -222,15 +215,15 @@ struct Packed {
 };
 
 // How codes are laid out, once c.rows and c.depth are known.
-Refusal plan_codes(Call& c, int64_t chunk = INT64_MAX) {
+Refusal plan_codes(Call& c) {
     if (c.depth > INT32_MAX / (128 * 128)) return "x: rows whose products need more than 32 bits";
     // For tiles an odd number of cache lines: rows don't share a set.
-    plan<Int8>(c, kTiles ? ((c.depth + 63) / 64 | 1) * 64 : words_of(c) * kDepth, chunk);
+    plan<Int8>(c, kTiles ? ((c.depth + 63) / 64 | 1) * 64 : words_of(c) * kDepth);
     return nullptr;
 }
 
 [[maybe_unused]] Refusal describe(Call& c, View y, View x, View x_scale, View weight_scale, Optional bias, Optional low,
-                                  Optional up, Optional gate, Optional residual, int64_t chunk = INT64_MAX) {
+                                  Optional up, Optional gate, Optional residual) {
     if (x.dtype != DType::i8 || x_scale.dtype != DType::f32) return "x or x_scale: not int8 and float32";
     if (x_scale.ndim != x.ndim - 1) return "x_scale: not one a row of x";
     if (Refusal why = describe_rows(c, y, x, weight_scale, bias, low, up, gate, residual)) return why;
@@ -239,7 +232,7 @@ Refusal plan_codes(Call& c, int64_t chunk = INT64_MAX) {
         if (x_scale.shape[k] != x.shape[k]) return "x_scale: not one a row of x";
         if (x.shape[k] != 1) c.scale_rows.push(x.shape[k], x_scale.stride[k]);
     }
-    return plan_codes(c, chunk);
+    return plan_codes(c);
 }
 
 template <class X, class W>

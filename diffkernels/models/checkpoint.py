@@ -222,8 +222,9 @@ def _with_codes(path: Path, found: Mapping[str, Any], model: nn.Module, file: An
     if not isinstance(said, dict) or said.get("kind") not in KINDS or not isinstance(said.get("layers"), list):
         raise CheckpointError(f"{path}: quantized: expected kind {' or '.join(KINDS)} and a list of layers, got {said!r:.80}")
     alone = said.get("weight_only", [])
-    some = isinstance(alone, list) and all(isinstance(name, str) for name in (*alone, *said["layers"]))
-    if not some or not set(alone) <= set(said["layers"]) or bool(alone) != (said["kind"] == KINDS[2]):
+    named = {name for name in said["layers"] if isinstance(name, str)}  # a list may stand there, that no set takes
+    some = isinstance(alone, list) and all(isinstance(name, str) and name in named for name in alone)
+    if not some or bool(alone) != (said["kind"] == KINDS[2]):
         raise CheckpointError(
             f"{path}: quantized: weight_only: expected some of the layers, of kind {KINDS[2]} alone; got {alone!r:.80}"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._case import Case
 from .._op import op
 from . import _linear, _norm
-from .linear_w4a8_lowrank import GROUPS, LARGEST, check_packed_w4, pack_w4, whole_w4
+from .linear_w4a8_lowrank import GROUPS, check_packed_w4, drawn_w4, whole_w4
 
 
 def _check(x, weight, group_scale, weight_scale, bias, low, up, gate, residual, activation):  # type: ignore[no-untyped-def]
@@ -27,13 +27,7 @@ def _allocate(x, weight, group_scale, weight_scale, bias, low, up, gate, residua
 
 
 def _drawn(draw, *shape, n=0, group=64, **more):  # type: ignore[no-untyped-def]
-    """The scale makes results of the size of 1."""
-    k, generator = shape[-1], draw.generator
-    codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
-    scale = torch.randint(1, LARGEST + 1, (n, -(-k // group)), generator=generator, dtype=torch.uint8)
-    packed, group_scale = (t.to(draw.device) for t in pack_w4(codes, scale))
-    weight_scale = draw.f32(n).abs() / (45 * max(1, k) ** 0.5)
-    return {"x": draw(*shape), "weight": packed, "group_scale": group_scale, "weight_scale": weight_scale, **more}
+    return {"x": draw(*shape), **drawn_w4(draw, n, shape[-1], group), **more}
 
 
 def _mlp(draw, m, k, n):  # type: ignore[no-untyped-def]
@@ -75,9 +69,9 @@ def _fuzz(draw, pick):  # type: ignore[no-untyped-def]
         Case("few", lambda d: _drawn(d, 23, 777, n=70, group=128, bias=d(70))),
         Case("gated", lambda d: _drawn(d, 2, 9, 40, n=65, bias=d(65), gate=d(2, 65), residual=d(2, 9, 65))),
         Case("silu", lambda d: _drawn(d, 2, 9, 128, n=33, activation="silu", **_linear.low_rank(d, 2, 9, r=16, n=33))),
-        Case("vector", lambda d: _drawn(d, 31, n=3)),
+        Case("vector", lambda d: _drawn(d, 31, n=131)),
         Case("one", lambda d: _drawn(d, 1, 1, n=1, **_linear.low_rank(d, 1, r=1, n=1))),
-        Case("deep", lambda d: _drawn(d, 2, 4611, n=7, group=128)),
+        Case("deep", lambda d: _drawn(d, 2, 4611, n=71, group=128)),
         Case("no-rows", lambda d: _drawn(d, 0, 16, n=8)),
         Case("no-inputs", lambda d: _drawn(d, 3, 0, n=8, bias=d(8), **_linear.low_rank(d, 3, r=2, n=8))),
         Case("no-outputs", lambda d: _drawn(d, 3, 8, n=0)),

@@ -116,18 +116,20 @@ def _allocate(x, x_scale, weight, group_scale, weight_scale, bias, low, up, gate
     return _linear.allocate(x, x_scale, weight_scale, dtype)
 
 
+def drawn_w4(draw, n, k, group):  # type: ignore[no-untyped-def]
+    """A weight that keeps its input's size."""
+    codes = torch.randint(-8, 8, (n, k), generator=draw.generator, dtype=torch.int8)
+    scale = torch.randint(1, LARGEST + 1, (n, -(-k // group)), generator=draw.generator, dtype=torch.uint8)
+    packed, group_scale = (t.to(draw.device) for t in pack_w4(codes, scale))
+    return {"weight": packed, "group_scale": group_scale, "weight_scale": draw.f32(n).abs() / (45 * max(1, k) ** 0.5)}
+
+
 def _drawn(draw, *shape, n=0, group=64, **more):  # type: ignore[no-untyped-def]
     """The scales make results of the size of 1."""
-    k, generator = shape[-1], draw.generator
-    codes = torch.randint(-8, 8, (n, k), generator=generator, dtype=torch.int8)
-    scale = torch.randint(1, LARGEST + 1, (n, -(-k // group)), generator=generator, dtype=torch.uint8)
-    packed, group_scale = (t.to(draw.device) for t in pack_w4(codes, scale))
     return {
         "x": draw.codes(*shape),
         "x_scale": draw.f32(*shape[:-1]).abs() / 73,
-        "weight": packed,
-        "group_scale": group_scale,
-        "weight_scale": draw.f32(n).abs() / (45 * max(1, k) ** 0.5),
+        **drawn_w4(draw, n, shape[-1], group),
         "dtype": _linear.named(draw),
         **more,
     }
