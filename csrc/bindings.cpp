@@ -27,7 +27,7 @@ constexpr int kMaxParams = 32, kMaxViews = 64, kMaxDims = 8;
 struct Torch {
     const dlpack::ExchangeAPI* api = nullptr;  // null: the attributes of the Python object are read instead
     py::object describe, stream, threads, scratch, tensor, parameter, is_neg, grad_enabled, forward_ad, requires_grad,
-        dual_level, forced, alike, empty_like;
+        dual_level, forced, alike, empty_like, empty_strided, dtype;
     std::vector<py::object> modes;  // callables, each falsy while no mode, transform or tracer is in force
 };
 Torch* torch = nullptr;  // leaked on purpose: the interpreter may go first
@@ -277,6 +277,18 @@ PyObject* invoke(PyObject* entry, PyObject* const* args, Py_ssize_t n) {
     });
 }
 
+// empty_like, for contiguous x; on a CPU past torch's dispatcher, which has nothing to say where a call is plain.
+py::object like(const Frame& frame, PyObject* x) {
+    const View& v = frame.views[0];
+    if (frame.device.type != dlpack::kCPU || torch->empty_strided.is_none())
+        return owned(PyObject_CallOneArg(torch->empty_like.ptr(), x));
+    py::tuple shape(v.ndim), stride(v.ndim);
+    for (int i = 0; i < v.ndim; ++i) shape[i] = py::int_(v.shape[i]), stride[i] = py::int_(v.stride[i]);
+    const py::object dtype = owned(Py_TYPE(torch->dtype.ptr())->tp_descr_get(torch->dtype.ptr(), x, nullptr));
+    PyObject* args[] = {shape.ptr(), stride.ptr(), dtype.ptr()};
+    return owned(PyObject_Vectorcall(torch->empty_strided.ptr(), args, 3, nullptr));
+}
+
 // attempt(first, allocate, arguments...): the outputs, where the call is plain, no rung is forced and first[device] takes it;
 // else the device type (DLPack's) of a plain call, or 0. Everything that an eager call needs, in one crossing.
 PyObject* attempt(PyObject*, PyObject* const* args, Py_ssize_t n) {
@@ -292,8 +304,8 @@ PyObject* attempt(PyObject*, PyObject* const* args, Py_ssize_t n) {
         const Entry* e = entry_of(kernel.ptr());
         if (kernel.is_none() || (e && (n - 1 != e->count || frame.arguments(*e, given)))) return device;
         const bool alike = allocate == torch->alike.ptr() && frame.held[0] == given[0] && frame.views[0].contiguous();
-        py::object out = owned(alike ? PyObject_CallOneArg(torch->empty_like.ptr(), given[0])
-                                     : PyObject_Vectorcall(allocate, given, static_cast<size_t>(n - 2), nullptr));
+        py::object out =
+            alike ? like(frame, given[0]) : owned(PyObject_Vectorcall(allocate, given, static_cast<size_t>(n - 2), nullptr));
         if (e) return frame.run(*e, out.ptr()) ? device : out;
         std::vector<PyObject*> all(given - 1, given + n - 2);
         all[0] = out.ptr();
@@ -312,7 +324,8 @@ void init(const py::object& api, py::dict o) {
     t->tensor = o["tensor"], t->parameter = o["parameter"];
     t->grad_enabled = o["grad_enabled"], t->forward_ad = o["forward_ad"], t->is_neg = t->tensor.attr("is_neg");
     t->requires_grad = t->tensor.attr("requires_grad"), t->dual_level = py::str("_current_level");
-    t->forced = o["forced"], t->alike = o["alike"], t->empty_like = o["empty_like"];
+    t->forced = o["forced"], t->alike = o["alike"], t->empty_like = o["empty_like"], t->dtype = t->tensor.attr("dtype");
+    t->empty_strided = o["empty_strided"];
     for (py::handle mode : o["modes"]) t->modes.push_back(py::reinterpret_borrow<py::object>(mode));
     torch = t;
 }

@@ -236,6 +236,7 @@ _C.init(
         "tensor": Tensor,
         "alike": alike,
         "empty_like": torch.empty_like,
+        "empty_strided": getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None),
         "forced": _ladder.forced_rung,
         "parameter": torch.nn.Parameter,
         "grad_enabled": torch.is_grad_enabled,

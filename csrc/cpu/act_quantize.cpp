@@ -63,7 +63,7 @@ Refusal act_quantize(Stream stream, Views out, View x, Text activation, Optional
     if (Refusal why = describe(q, factor, out, x, columns_of(x, c.gated), smooth, rotate)) return why;
     if (q.rows == 0) return nullptr;
     c.x = x;
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool(x.step(-1) == 1 || x.size(-1) == 1, [&](auto unit) {
             return for_bool(c.gated, [&](auto gated) {

@@ -277,7 +277,7 @@ Refusal attention_backward(Stream stream, Views out, View grad, Optional grad_ls
         if (bias.dtype != DType::f32) c.d_bias.data = scratch + share.slots * room;
         for (int64_t i = 0; i < numbers; ++i) static_cast<float*>(c.d_bias.data)[i] = 0;
     }
-    const Refusal why = for_dtype(Floats{}, q.dtype, "q: dtype", [&](auto tag) -> Refusal {
+    const Refusal why = for_value(Floats{}, q.dtype, "q: dtype", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         auto body = [&](int64_t begin, int64_t end) {
             for (int64_t slot = begin; slot < end; ++slot)
@@ -289,7 +289,7 @@ Refusal attention_backward(Stream stream, Views out, View grad, Optional grad_ls
         return nullptr;
     });
     if (why || sums_of(bias, wanted) == 0) return why;
-    return for_dtype(DTypes<DType::f16, DType::bf16>{}, bias.dtype, "bias: dtype", [&](auto tag) -> Refusal {
+    return for_value(Values<DType::f16, DType::bf16>{}, bias.dtype, "bias: dtype", [&](auto tag) -> Refusal {
         put(static_cast<typename TypeOf<decltype(tag)::value>::type*>(results[3]), static_cast<float*>(c.d_bias.data), numbers,
             1);
         return nullptr;

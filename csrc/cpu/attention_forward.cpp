@@ -261,7 +261,7 @@ Refusal attention_forward(Stream stream, Views out, View q, View k, View v, Opti
     c.o = out[0].data, c.lse = static_cast<float*>(out[1].data), c.wide = round_up(c.a.dv, kLanes);
     const Share share = shared(c.a);
     const int64_t items = c.a.samples * c.a.kv_heads * share.pieces, room = Room::floats(c.a, share.rows);
-    return for_dtype(Floats{}, q.dtype, "q: dtype", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, q.dtype, "q: dtype", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         auto body = [&](int64_t begin, int64_t end) {
             for (int64_t slot = begin; slot < end; ++slot) {

@@ -245,7 +245,7 @@ Refusal decode_attention(Stream stream, View out, View q, View k, View v, View k
     const int64_t o_shape[] = {c.samples, c.tokens, c.heads, c.dv};
     if (!has(out, o_shape, q.dtype) || !out.contiguous()) return "out: not o, contiguous";
     c.o = out.data, c.parts = static_cast<float*>(stream.scratch);
-    return for_dtype(Floats{}, q.dtype, "q: dtype", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, q.dtype, "q: dtype", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         const int64_t pairs = c.samples * c.kv_heads, chunks = c.chunks(), rows = c.rows(),
                       grain = 1 + 65536 / (1 + c.length * rows);  // a thread's start is worth some microseconds

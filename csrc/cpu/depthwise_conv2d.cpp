@@ -141,9 +141,9 @@ Refusal depthwise_conv2d(Stream stream, View y, View x, View weight, Optional bi
     const int64_t wanted = (x.size(2) + kPixels - 1) / kPixels * kPixels, most = fits / kPixels * kPixels;
     const Call k{x, y, weight, taps, width_of(x.size(3)), kh, kw, wanted < most ? wanted : most, residual};
     if (x.numel() == 0) return nullptr;
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
-        for_dtype(Floats{}, weight.dtype, nullptr, [&](auto w) -> Refusal {
+        for_value(Floats{}, weight.dtype, nullptr, [&](auto w) -> Refusal {
             arrange<typename TypeOf<decltype(w)::value>::type>(k, taps);
             return nullptr;
         });
@@ -160,7 +160,7 @@ Refusal depthwise_conv2d(Stream stream, View y, View x, View weight, Optional bi
             const int64_t work = kRows * k.tile * kLanes * kh * kw / 8;
             parallel_for(items, (kSerialElements + work - 1) / work, body);
         };
-        kw == 7 ? with(IntTag<7>{}) : kw == 3 ? with(IntTag<3>{}) : with(IntTag<0>{});
+        kw == 7 ? with(Tag<7>{}) : kw == 3 ? with(Tag<3>{}) : with(Tag<0>{});
         return nullptr;
     });
 }

@@ -80,7 +80,7 @@ Refusal gate_residual_norm(Stream, Views out, View x, View delta, Optional gate,
     if (Refusal why = describe(c.gate.weight, gate, x)) return why;
     const int64_t total = x.numel();
     if (total == 0) return nullptr;
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool((x.step(-1) == 1 && delta.step(-1) == 1) || c.norm.columns == 1, [&](auto unit) -> Refusal {
             T *const x_new = static_cast<T*>(out[0].data), *const y = static_cast<T*>(out[1].data);

@@ -40,7 +40,7 @@ Refusal geglu(Stream, View y, View a, View b, Text approximate) {
     c.columns = a.size(-1);
     const int64_t total = a.numel();
     if (total == 0) return nullptr;
-    return for_dtype(Floats{}, a.dtype, "a: not float32, float16 or bfloat16", [&](auto tag) {
+    return for_value(Floats{}, a.dtype, "a: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool((a.step(-1) == 1 && b.step(-1) == 1) || c.columns == 1, [&](auto unit) {
             return for_bool(tanh, [&](auto form) -> Refusal {

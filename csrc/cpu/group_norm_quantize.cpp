@@ -314,7 +314,7 @@ Refusal group_norm_quantize(Stream stream, Views out, View x, int64_t groups, Op
     c.affine = c.coefs + c.samples * kCoefs * c.width, c.smooth = c.affine + c.samples * 2 * c.width;
     c.largest = c.smooth + c.width;
     c.codes = static_cast<int8_t*>(out[0].data), c.scales = static_cast<float*>(out[1].data);
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         prepare(c, operands);
         return for_bool(x.step(-1) == 1 || channels == 1, [&](auto unit) -> Refusal {

@@ -239,7 +239,7 @@ template <class X, class W>
 Refusal linear_of_codes(Stream stream, Call& c, const X& source, const W& weight, Text activation, Text dtype) {
     const DType wanted = dtype == "float32" ? DType::f32 : dtype == "float16" ? DType::f16 : DType::bf16;
     if (c.y.dtype != wanted || (wanted == DType::bf16 && !(dtype == "bfloat16"))) return "dtype: not a known one, or not y's";
-    return for_dtype(Floats{}, c.y.dtype, "dtype: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, c.y.dtype, "dtype: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         return linear<Int8, typename TypeOf<decltype(tag)::value>::type>(stream, c, source, weight, activation);
     });
 }

@@ -281,7 +281,7 @@ Refusal linear_w4a16(Stream stream, View y, View x, View weight, View group_scal
     Call c{};
     PackedW4 w{};
     if (Refusal why = describe(c, w, y, x, weight, group_scale, weight_scale, bias, low, up, gate, residual)) return why;
-    return for_dtype(Floats{}, y.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, y.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         if constexpr (decltype(tag)::value == DType::bf16) {
             if constexpr (kByGroups)

@@ -257,7 +257,7 @@ DK_INLINE void modulated(const Norm& c, Affine<T>& affine, int64_t r, const Row<
             }
             if (const int some = static_cast<int>(n - i)) put(from + i, value(row.some(from + i, some), i), some);
         };
-        affine.offset ? walk(IntTag<1>{}) : walk(IntTag<0>{});
+        affine.offset ? walk(Tag<1>{}) : walk(Tag<0>{});
     }
 }
 template <class T, bool kUnit, class Ahead>

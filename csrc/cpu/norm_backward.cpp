@@ -198,9 +198,9 @@ DK_INLINE void one_row(const Call& c, Affine<T>& affine, Affine<T>& gate, int64_
         int64_t i = 0;
         for (; i + kPair <= n; i += kPair) {
             if (kUnit) prefetch(next_x.p + from + i, kPair * sizeof(T)), prefetch(next_g.p + from + i, kPair * sizeof(T));
-            step(i, IntTag<1>{}, kPair);
+            step(i, Tag<1>{}, kPair);
         }
-        if (i < n) step(i, IntTag<0>{}, static_cast<int>(n - i));
+        if (i < n) step(i, Tag<0>{}, static_cast<int>(n - i));
     }
 }
 
@@ -307,7 +307,7 @@ Refusal norm_backward(Stream stream, Views out, View grad, View x, Optional scal
     if (Refusal why = describe(c, out, x, {Optional{x}, scale, shift, weight, bias, delta, gate}, wanted)) return why;
     plan(c, x);
     c.scratch = static_cast<float*>(stream.scratch);
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         if (x.numel() == 0) {  // sums of nothing
             for (const Sum& s : c.sums)

@@ -31,7 +31,7 @@ Refusal norm_modulate(Stream, View y, View x, Optional scale, Optional shift, Op
     if (Refusal why = describe(c, x, scale, shift, weight, bias, norm, eps, eps_mode)) return why;
     const int64_t total = x.numel();
     if (total == 0) return nullptr;
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool(x.step(-1) == 1 || c.columns == 1, [&](auto unit) -> Refusal {
             auto body = [&](int64_t begin, int64_t end) { normalize<T, decltype(unit)::value>(c, y, begin, end); };

@@ -37,7 +37,7 @@ Refusal norm_quantize(Stream stream, Views out, View x, Optional scale, Optional
     if (Refusal why = describe(c, x, scale, shift, weight, bias, norm, eps, eps_mode)) return why;
     if (Refusal why = describe(q, factor, out, x, c.columns, smooth, rotate)) return why;
     if (q.rows == 0) return nullptr;
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool(x.step(-1) == 1 || c.columns == 1, [&](auto unit) -> Refusal {
             prepare<T>(q, factor, stream.scratch);

@@ -215,7 +215,7 @@ Refusal qkv_prep(Stream stream, Views out, View q, View k, Optional v, Optional 
         elements += p.heads() * p.columns();
     }
     if (q.shape[0] * tokens * elements == 0) return nullptr;
-    return for_dtype(Floats{}, q.dtype, "q: not float32, float16 or bfloat16", [&](auto tag) {
+    return for_value(Floats{}, q.dtype, "q: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool(unit, [&](auto is_unit) -> Refusal {
             auto* to = static_cast<float*>(stream.scratch);

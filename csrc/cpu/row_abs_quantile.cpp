@@ -230,7 +230,7 @@ Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View co
     const int64_t rank = static_cast<int64_t>(place);
     const double fraction = place - static_cast<double>(rank);
     float* const y = static_cast<float*>(out.data);
-    return for_dtype(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         Found* const found = static_cast<Found*>(stream.scratch);
         if (chunks == 1)

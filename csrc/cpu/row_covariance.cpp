@@ -111,7 +111,7 @@ Refusal row_covariance(Stream stream, View out, Views tensors) {
         return "out: not float32 [B, K, K]";
     if (elements == 0) return "tensors: no elements";
     Moments* const found = static_cast<Moments*>(stream.scratch);
-    return for_dtype(Floats{}, x.dtype, "tensors: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "tensors: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         const auto block = count == 1   ? moments_of<1, T>
                            : count == 2 ? moments_of<2, T>

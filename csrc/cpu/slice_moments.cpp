@@ -36,7 +36,7 @@ Refusal slice_moments(Stream, Views out, View x, View weight) {
     if (m.dtype != DType::f32 || m.ndim != x.ndim || m.size(-1) != 2 || !m.contiguous() || m.numel() * c.columns != 2 * total)
         return "moments: not contiguous float32 [..., 2]";
     if (total == 0) return nullptr;
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool(x.step(-1) == 1 || c.columns == 1, [&](auto unit) -> Refusal {
             T* const z = static_cast<T*>(out[0].data);

@@ -160,7 +160,7 @@ Refusal solver_step(Stream, Views out, Views outputs, View x, Views history, Vie
     if (items == 0) return nullptr;
     // what is copied is read again
     const bool streaming = !copies && x.numel() * c.results * static_cast<int64_t>(sizeof(float)) > kStreamBytes;
-    return for_dtype(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         auto body = [&](int64_t first, int64_t last) { step_blocks<T>(c, at, streaming, first, last); };
         parallel_for(items, kSerialElements / kBlock, body);

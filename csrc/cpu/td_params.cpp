@@ -71,7 +71,7 @@ Refusal td_params(Stream, View out, View p0, View p1, View w, View b, View tau) 
     if (Refusal why = describe(c, p0, p1, w, b, tau)) return why;
     if (out.ndim != 2 || out.size(0) != c.times || out.size(1) != c.columns || out.dtype != p0.dtype || !out.contiguous())
         return "out: not contiguous [T, P] like p0";
-    return for_dtype(Floats{}, p0.dtype, "p0: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, p0.dtype, "p0: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool(c.unit, [&](auto unit) -> Refusal {
             auto body = [&](int64_t begin, int64_t end) {
@@ -141,7 +141,7 @@ Refusal td_params_backward(Stream stream, Views out, View grad, View p0, View p1
         ++count;
     }
     if (wanted < 0 || wanted > 31 || count != out.count) return "wanted: does not fit the outputs";
-    return for_dtype(Floats{}, p0.dtype, "p0: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, p0.dtype, "p0: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         Gradients<T> to{};
         int64_t at = 0;
@@ -154,7 +154,7 @@ Refusal td_params_backward(Stream stream, Views out, View grad, View p0, View p1
             return nullptr;
         });
         if (!(wanted & 16)) return nullptr;
-        return for_dtype(Floats{}, tau.dtype, nullptr, [&](auto time) -> Refusal {
+        return for_value(Floats{}, tau.dtype, nullptr, [&](auto time) -> Refusal {
             using To = typename TypeOf<decltype(time)::value>::type;
             for (int64_t t = 0; t < c.times; ++t) {
                 F total = {};

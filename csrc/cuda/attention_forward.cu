@@ -288,10 +288,10 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
         if (from + kKeys < reach) fetch_keys(from + kKeys, stage ^ 1);
         const uint32_t shift = stage * 2 * S::tile * kBytes;
         if (most - from > kKeys / 2)
-            step(IntTag<kKeys>{}, from, shift);
+            step(Tag<kKeys>{}, from, shift);
         else  // few, or, as causality may have it, none: in steps of 16
 #pragma unroll 1
-            for (int i = 0; i < most - from; i += 16) step(IntTag<16>{}, from + i, shift + i * S::pitch * kBytes);
+            for (int i = 0; i < most - from; i += 16) step(Tag<16>{}, from + i, shift + i * S::pitch * kBytes);
     }
 
     // o goes through the place where q was, so that a store moves 16 bytes.
@@ -328,11 +328,11 @@ __global__ void __launch_bounds__(kMostWarps * 32) attend(const __grid_constant_
         }
     };
     if (c.out == 8)
-        give(IntTag<8>{});
+        give(Tag<8>{});
     else if (c.out == 4)
-        give(IntTag<4>{});
+        give(Tag<4>{});
     else
-        give(IntTag<1>{});
+        give(Tag<1>{});
 }
 
 template <class T, int kD, bool kHiding>
@@ -379,7 +379,7 @@ Refusal attention_forward(Stream stream, Views out, View q, View k, View v, Opti
     const auto place = reinterpret_cast<uintptr_t>(c.o);
     c.out = a.dv % 8 == 0 && place % 16 == 0 ? 8 : a.dv % 4 == 0 && place % (4 * element) == 0 ? 4 : 1;
     if (q.dtype == DType::f32 || a.d != a.dv) return attention_plain(c, q.dtype, stream);
-    return for_dtype(DTypes<DType::f16, DType::bf16>{}, q.dtype, "q: not float16 or bfloat16", [&](auto tag) {
+    return for_value(Values<DType::f16, DType::bf16>{}, q.dtype, "q: not float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_value(Heads{}, built(Heads{}, a.d), "q: head dimension", [&](auto head) {
             return for_bool(bias || mask, [&](auto hiding) -> Refusal {

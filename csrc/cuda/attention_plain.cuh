@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kPlainThreads, 2) attend_plain(const __grid_co
 
 Refusal attention_plain(Call& c, DType dtype, Stream stream) {
     const Attention& a = c.a;
-    return for_dtype(Floats{}, dtype, "q: its dtype", [&](auto tag) {
+    return for_value(Floats{}, dtype, "q: its dtype", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_value(PlainHeads{}, built(PlainHeads{}, a.d > a.dv ? a.d : a.dv), "q, v: head dimension", [&](auto head) {
             constexpr int kD = decltype(head)::value;

@@ -167,7 +167,7 @@ Refusal depthwise_conv2d(Stream stream, View y, View x, View weight, Optional bi
     const int64_t rounds = (strip_count * tiles + kWarps * kBlocks - 1) / (kWarps * kBlocks);  // strips of a warp
     c.strips = static_cast<uint32_t>(strip_count), c.across = static_cast<uint32_t>(across);
     c.share = static_cast<uint32_t>(kWarps * (rounds < 16 ? rounds : 16));
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         const auto queue = static_cast<cudaStream_t>(stream.handle);
         const auto tiled = [&](auto width) -> Refusal {

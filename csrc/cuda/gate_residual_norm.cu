@@ -147,7 +147,7 @@ Refusal gate_residual_norm(Stream stream, Views out, View x, View delta, Optiona
     if (c.norm.rows == 0) return nullptr;
     bool vectors = whole_vectors(c.norm) && aligned16(c.x_new) && aligned16(c.y);
     for (const Operand* o : {&c.x, &c.delta, &c.gate}) vectors = vectors && whole_vectors(*o, c.norm.columns);
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         constexpr int kVec = 16 / sizeof(T);
         const auto queue = static_cast<cudaStream_t>(stream.handle);

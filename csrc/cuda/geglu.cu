@@ -61,7 +61,7 @@ Refusal geglu(Stream stream, View y, View a, View b, Text approximate) {
     const bool vectors = whole_vectors(c.a, c.columns) && whole_vectors(c.b, c.columns) && aligned16(c.y);
     const int64_t vector = vectors ? 16 / size_of(a.dtype) : 1;
     if ((c.total / vector + kThreads - 1) / kThreads > 0x7fffffff) return "more than 2^31 - 1 blocks";
-    return for_dtype(Floats{}, a.dtype, "a: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, a.dtype, "a: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         constexpr int kVec = 16 / sizeof(T);
         const auto queue = static_cast<cudaStream_t>(stream.handle);

@@ -225,17 +225,17 @@ inline Refusal describe(Norm& c, const View& x, const Optional& scale, const Opt
 template <class F>
 bool for_kept(int64_t vectors, F&& body) {
     if (vectors <= 32 * 2)
-        body(IntTag<32>{}, IntTag<2>{});
+        body(Tag<32>{}, Tag<2>{});
     else if (vectors <= 32 * 5)
-        body(IntTag<32>{}, IntTag<5>{});
+        body(Tag<32>{}, Tag<5>{});
     else if (vectors <= 128 * 3)
-        body(IntTag<128>{}, IntTag<3>{});
+        body(Tag<128>{}, Tag<3>{});
     else if (vectors <= 256 * 3)
-        body(IntTag<256>{}, IntTag<3>{});
+        body(Tag<256>{}, Tag<3>{});
     else if (vectors <= 512 * 4)
-        body(IntTag<512>{}, IntTag<4>{});
+        body(Tag<512>{}, Tag<4>{});
     else if (vectors <= 512 * 8)
-        body(IntTag<512>{}, IntTag<8>{});
+        body(Tag<512>{}, Tag<8>{});
     else
         return false;
     return true;

@@ -568,7 +568,7 @@ Refusal norm_backward(Stream stream, Views out, View grad, View x, Optional scal
         if (s.out && s.repeat > 1 && (!c.fast || c.per > 1 || s.repeat > c.span)) shared_sums += s.groups;
     c.parts = static_cast<float*>(stream.scratch);
     c.rows = reinterpret_cast<Row*>(static_cast<char*>(stream.scratch) + part_bytes(c));
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         constexpr int kVec = 16 / sizeof(T);
         const int64_t down_tiles = over(c.norm.columns, kDown * (c.vectors ? kVec : 1)), tiles = over(c.norm.columns, 32);

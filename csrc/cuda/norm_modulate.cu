@@ -82,7 +82,7 @@ Refusal norm_modulate(Stream stream, View y, View x, Optional scale, Optional sh
     c.y = y.data;
     if (c.norm.rows == 0) return nullptr;
     const bool vectors = whole_vectors(c.norm) && whole_vectors(c.x, c.norm.columns) && aligned16(c.y);
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         constexpr int kVec = 16 / sizeof(T);
         const auto queue = static_cast<cudaStream_t>(stream.handle);

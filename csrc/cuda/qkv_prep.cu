@@ -235,17 +235,17 @@ bool whole_vectors(const Side& s, int64_t vec) {
 template <class F>
 bool for_row(int64_t vectors, F&& body) {
     if (vectors <= 8)
-        body(IntTag<8>{}, IntTag<1>{});
+        body(Tag<8>{}, Tag<1>{});
     else if (vectors <= 16)
-        body(IntTag<16>{}, IntTag<1>{});
+        body(Tag<16>{}, Tag<1>{});
     else if (vectors <= 32)
-        body(IntTag<32>{}, IntTag<1>{});
+        body(Tag<32>{}, Tag<1>{});
     else if (vectors <= 32 * 2)
-        body(IntTag<32>{}, IntTag<2>{});
+        body(Tag<32>{}, Tag<2>{});
     else if (vectors <= 128 * 3)
-        body(IntTag<128>{}, IntTag<3>{});
+        body(Tag<128>{}, Tag<3>{});
     else if (vectors <= 512 * 4)
-        body(IntTag<512>{}, IntTag<4>{});
+        body(Tag<512>{}, Tag<4>{});
     else
         return false;
     return true;
@@ -284,7 +284,7 @@ Refusal qkv_prep(Stream stream, Views out, View q, View k, Optional v, Optional 
         widest = s.columns * s.row_heads > widest ? s.columns * s.row_heads : widest;
     }
     if (rows == 0) return nullptr;
-    return for_dtype(Floats{}, q.dtype, "q: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, q.dtype, "q: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         const auto queue = static_cast<cudaStream_t>(stream.handle);
         const auto count = static_cast<unsigned>(given.count);

@@ -205,7 +205,7 @@ Refusal row_abs_quantile(Stream stream, View out, Views outputs, View x, View co
     d.elements = c.elements, d.guided = c.guided;
     d.chunks = static_cast<uint32_t>(chunks_of(c.elements));
     d.outputs = c.outputs, d.two_rows = c.two_rows;
-    return for_dtype(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         const auto queue = static_cast<cudaStream_t>(stream.handle);
         const auto levels = [&](int first, int last) {

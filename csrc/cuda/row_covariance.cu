@@ -218,7 +218,7 @@ Refusal row_covariance(Stream stream, View out, Views tensors) {
     d.elements = elements;
     d.chunks = static_cast<uint32_t>(chunks);
     d.count = static_cast<int32_t>(count);
-    return for_dtype(Floats{}, x.dtype, "tensors: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "tensors: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         constexpr int kVec = 16 / sizeof(T);
         const auto queue = static_cast<cudaStream_t>(stream.handle);

@@ -94,7 +94,7 @@ Refusal slice_moments(Stream stream, Views out, View x, View weight) {
     c.moments = static_cast<float2*>(m.data);
     if (reinterpret_cast<uintptr_t>(m.data) % sizeof(float2)) return "moments: not aligned to 8 bytes";
     const bool vectors = whole_vectors(c.x, c.columns) && whole_vectors(c.weight, c.columns) && aligned16(c.z);
-    return for_dtype(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         constexpr int kVec = 16 / sizeof(T);
         const auto queue = static_cast<cudaStream_t>(stream.handle);

@@ -298,7 +298,7 @@ Refusal solver_step(Stream stream, Views out, Views outputs, View x, Views histo
     d.width = static_cast<int32_t>(c.width());
     d.two_rows = c.two_rows;
     const bool few = vectors && c.outputs <= kFewOutputs && c.terms <= kFewTerms && !mask;
-    return for_dtype(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, outputs[0].dtype, "outputs: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         const auto queue = static_cast<cudaStream_t>(stream.handle);
         const auto blocks = static_cast<unsigned>(c.batch * runs);

@@ -138,7 +138,7 @@ Refusal td_params(Stream stream, View out, View p0, View p1, View w, View b, Vie
     if (blocks > 0x7fffffff) return "more than 2^31 - 1 blocks";
     if (!blocks || !c.times) return nullptr;
     const int64_t share = blocks < kBlocks ? kBlocks / blocks : 1;
-    return for_dtype(Floats{}, p0.dtype, "p0: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, p0.dtype, "p0: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         const auto queue = static_cast<cudaStream_t>(stream.handle);
         const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(share < c.times ? share : c.times));
@@ -191,7 +191,7 @@ Refusal td_params_backward(Stream stream, Views out, View grad, View p0, View p1
     if (blocks > 0x7fffffff || c.times > 0x7fffffff) return "more than 2^31 - 1 blocks";
     if (wanted & 16) c.part = static_cast<float*>(stream.scratch);
     const auto queue = static_cast<cudaStream_t>(stream.handle);
-    return for_dtype(Floats{}, p0.dtype, "p0: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
+    return for_value(Floats{}, p0.dtype, "p0: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
         if (blocks && c.vectors)
             backward<T, 16 / sizeof(T)><<<static_cast<unsigned>(blocks), kThreads, 0, queue>>>(c);
