@@ -1,99 +1,152 @@
 // y[h, w, c] = bias[c] + sum_ij weight[c, i, j] x[h + i - kh/2, w + j - kw/2, c] (+ x[h, w, c]), channels last
 //
-// Idea: a tile has a vector of channels. The kh rows of it that an output row needs are packed side by side, with their zero
-// padding, in a ring in the first cache: as they lie, neighbours are a whole pixel apart, which is a page every other pixel.
-// kPixels neighbours then sum up in registers: an input vector is read once for all taps of a kernel's row that it meets.
-// Takes: x and y float32, float16 or bfloat16, alike; weight and bias any of these; any strides; odd kernels, up to 21 by 21.
-// Floor: 1 read, 1 write, kh kw multiply-adds an element. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc
-// -c csrc/cpu/depthwise_conv2d.cpp
+// Idea: a tile has the vectors of 256 bytes of channels, so that x and y are met in whole pieces. The rows of each that two
+// output rows need are packed side by side, with their zero padding, in a ring: as they lie, neighbours are a whole pixel
+// apart, which is a page every other pixel. kPixels neighbours of both rows then sum up in registers: a vector is read once for
+// all taps that it meets in two rows of the kernel; what is written, and what the next rows need, is asked for meanwhile.
+// Takes: x and y float32, float16 or bfloat16, alike; weight and bias any of these; any strides; odd kernels, up to 41 by 41.
+// Floor: 1 read, 1 write, kh kw multiply-adds an element.
+// Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/depthwise_conv2d.cpp
 #include "norm.h"
 
 namespace dk {
 namespace {
 
-constexpr int kPixels = kLanes == 16 ? 8 : 4;  // what the registers hold, beside the window and a tap
-constexpr int64_t kRing = 65536;               // bytes of the ring
-constexpr int64_t kRows = 16;                  // output rows of a tile: each tile reads kh - 1 more
+constexpr int kPixels = kLanes == 16 ? 8 : 4;  // what the registers hold in two rows, beside the window and two taps
+constexpr int64_t kVectors = 64 / kLanes;      // of channels, side by side in x and y: 256 bytes
+constexpr int64_t kRing = 131072;              // bytes of their rings
+constexpr int64_t kRows = 16, kAcross = 32;    // of a tile: each tile reads kh - 1 more rows, kw - 1 more columns
 
 struct Call {
     View x, y, weight;
-    const float* taps;  // [kh, kw, width]; then the bias, [width]
-    int64_t width, kh, kw, tile;
+    const float* taps;  // [width / kLanes, kh, kw, kLanes]; then the bias, [width]
+    int64_t width, kh, kw, vectors, tile;
     bool residual;
 
     DK_INLINE int64_t tiles(int64_t n, int64_t size) const { return (n + size - 1) / size; }
     DK_INLINE int64_t packed() const { return tile + kw - 1; }  // columns of a ring's row
+    DK_INLINE int64_t ring() const { return packed() * (kh + 1) * kLanes; }
 };
 
 DK_INLINE int64_t width_of(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
 
-// Columns [first, first + packed) of row h, zeros where there is none.
+// Columns [first, first + packed) of row h, zeros where there is none: a tile's vectors, each into a ring of its own.
 template <class T>
-DK_INLINE void pack(const Call& k, const T* base, int64_t h, int64_t first, int m, float* to) {
-    const View& x = k.x;
-    const bool inside = h >= 0 && h < x.size(1), whole = m == kLanes && x.step(3) == 1;
-    for (int64_t j = 0; j < k.packed(); ++j) {
-        const int64_t w = first + j;
-        F v = {};
-        if (inside && w >= 0 && w < x.size(2)) {
-            const T* const from = base + h * x.step(1) + w * x.step(2);
-            v = whole ? load(from) : gather(from, x.step(3), m);
+DK_INLINE void pack(const Call& k, const T* base, int64_t h, int64_t first, int64_t channels, float* to) {
+    const int64_t across = k.x.size(2), pixel = k.x.step(2), step = k.x.step(3), ring = k.ring(), packed = k.packed();
+    const bool inside = h >= 0 && h < k.x.size(1), whole = channels == kVectors * kLanes && step == 1;
+    const T* from = base + (inside ? h * k.x.step(1) + first * pixel : 0);  // read where there is a pixel
+    for (int64_t w = first; w < first + packed; ++w, from += pixel, to += kLanes) {
+        if (!inside || w < 0 || w >= across) {
+            for (int64_t v = 0; v * kLanes < channels; ++v) store(to + v * ring, F{});
+        } else if (whole) {
+#pragma GCC unroll 8
+            for (int64_t v = 0; v < kVectors; ++v) store(to + v * ring, load(from + v * kLanes));
+        } else {
+            for (int64_t v = 0, c = 0; c < channels; ++v, c += kLanes) {
+                const int m = channels - c < kLanes ? static_cast<int>(channels - c) : kLanes;
+                store(to + v * ring, m == kLanes && step == 1 ? load(from + c) : gather(from + c * step, step, m));
+            }
         }
-        store(to + j * kLanes, v);
     }
 }
 
-// kPixels sums; tap j of pixel p meets packed column j + p, so a window slides along. kTaps: kw, or 0 where it is not known
-// here.
-template <int kTaps>
-DK_INLINE void accumulate(const float* line, const float* taps, int64_t width, int64_t kw, F (&sum)[kPixels]) {
+// kPixels sums of an output row, and of the one below it; tap j of pixel p meets packed column j + p, so a window slides along.
+// What lies in one row of the ring meets the kernel's row `taps` for the upper, and the one before that for the lower. kTaps:
+// kw, or 0 where it is not known here.
+template <int kTaps, bool kUpper, bool kLower>
+DK_INLINE void accumulate(const float* line, const float* taps, int64_t kw, F (&sum)[2][kPixels]) {
     F window[kPixels];
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels - 1; ++p) window[p] = load(line + p * kLanes);
 #pragma GCC unroll 8
     for (int64_t j = 0; j < (kTaps ? kTaps : kw); ++j) {
         window[kPixels - 1] = load(line + (j + kPixels - 1) * kLanes);
-        const F tap = load(taps + j * width);
+        if constexpr (kUpper) {
+            const F tap = load(taps + j * kLanes);
 #pragma GCC unroll 8
-        for (int p = 0; p < kPixels; ++p) sum[p] = fma(tap, window[p], sum[p]);
+            for (int p = 0; p < kPixels; ++p) sum[0][p] = fma(tap, window[p], sum[0][p]);
+        }
+        if constexpr (kLower) {
+            const F tap = load(taps + (j - (kTaps ? kTaps : kw)) * kLanes);
+#pragma GCC unroll 8
+            for (int p = 0; p < kPixels; ++p) sum[1][p] = fma(tap, window[p], sum[1][p]);
+        }
 #pragma GCC unroll 8
         for (int p = 0; p < kPixels - 1; ++p) window[p] = window[p + 1];
     }
 }
 
+// Apart, so that what rounding needs takes no registers from the sums. below: from an output row to the next, 0: there is none.
+template <class T>
+__attribute__((noinline)) void put(const F (&sum)[2][kPixels], T* to, int64_t pixel, int64_t below, int64_t pixels,
+                                   int64_t channels) {
+    const int m = channels < kLanes ? static_cast<int>(channels) : kLanes,
+              n = pixels < kPixels ? static_cast<int>(pixels) : kPixels;
+    for (int r = 0; r < (below ? 2 : 1); ++r, to += below)
+        for (int p = 0; p < n; ++p)
+            m == kLanes ? store(to + p * pixel, quiet(sum[r][p])) : store(to + p * pixel, quiet(sum[r][p]), m);
+}
+
 template <class T, int kTaps>
-void tile(const Call& k, int64_t b, int64_t h0, int64_t w0, int64_t c) {
-    alignas(64) float ring[kRing / 4];
+void tile(const Call& k, int64_t b, int64_t h0, int64_t w0, int64_t c0) {
+    alignas(64) float rings[kRing / 4];
     const View& x = k.x;
-    const int64_t height = x.size(1), across = x.size(2), channels = x.size(3), line = k.packed() * kLanes;
-    const int m = channels - c < kLanes ? static_cast<int>(channels - c) : kLanes;
-    const T* const base = static_cast<const T*>(x.data) + b * x.step(0) + c * x.step(3);
+    const int64_t height = x.size(1), across = x.size(2), all = x.size(3), line = k.packed() * kLanes;
+    const int64_t channels = all - c0 < k.vectors * kLanes ? all - c0 : k.vectors * kLanes;
+    const T* const base = static_cast<const T*>(x.data) + b * x.step(0) + c0 * x.step(3);
     const int64_t above = k.kh / 2, h1 = h0 + kRows < height ? h0 + kRows : height;
     const int64_t w1 = w0 + k.tile < across ? w0 + k.tile : across;
-    const F bias = load(k.taps + k.kh * k.kw * k.width + c);
-    for (int64_t i = 0; i < k.kh - 1; ++i) pack(k, base, h0 - above + i, w0 - k.kw / 2, m, ring + i * line);
-    for (int64_t h = h0; h < h1; ++h) {
-        const int64_t oldest = (h - h0) % k.kh;  // row h - above + i lies in slot (oldest + i) % kh
-        pack(k, base, h + above, w0 - k.kw / 2, m, ring + (oldest + k.kh - 1) % k.kh * line);
+    const int64_t size = k.ring(), row = x.step(1), pixel = x.step(2), kernel = k.kh * k.kw * kLanes, below = across * all;
+    const bool residual = k.residual;
+    int64_t oldest = 0;
+    const auto slot = [&](int64_t i) {  // where row h - above + i lies
+        const int64_t at = oldest + i * line;
+        return at < size ? at : at - size;
+    };
+    const auto in = [&](int64_t h, int64_t i) { pack(k, base, h - above + i, w0 - k.kw / 2, channels, rings + slot(i)); };
+    for (int64_t i = 0; i < k.kh - 1; ++i) in(h0, i);
+    for (int64_t h = h0; h < h1; h += 2, oldest = slot(2)) {
+        in(h, k.kh - 1);
+        in(h, k.kh);
+        const int64_t upper = slot(above) + k.kw / 2 * kLanes, lower = slot(above + 1) + k.kw / 2 * kLanes;
         for (int64_t w = w0; w < w1; w += kPixels) {
-            F sum[kPixels];
+            const float* from = rings + (w - w0) * kLanes;
+            const float *taps = k.taps + c0 * k.kh * k.kw, *bias = k.taps + k.kh * k.kw * k.width + c0;
+            T* to = static_cast<T*>(k.y.data) + ((b * height + h) * across + w) * all + c0;
+            const T* next = base + (h + above + 2) * row + w * pixel;
+            for (int64_t c = 0; c < channels; c += kLanes) {
+                F sum[2][kPixels];
+                const F first = load(bias);
 #pragma GCC unroll 8
-            for (int p = 0; p < kPixels; ++p) sum[p] = bias;
-            int64_t slot = oldest;
-            for (int64_t i = 0; i < k.kh; ++i) {
-                const float* const at = ring + slot * line + (w - w0) * kLanes;
-                if (k.residual && i == above)
+                for (int p = 0; p < kPixels; ++p) sum[0][p] = sum[1][p] = first;
+                if (residual)
 #pragma GCC unroll 8
-                    for (int p = 0; p < kPixels; ++p) sum[p] += load(at + (p + k.kw / 2) * kLanes);
-                accumulate<kTaps>(at, k.taps + i * k.kw * k.width + c, k.width, k.kw, sum);
-                slot = slot + 1 == k.kh ? 0 : slot + 1;
-            }
-            T* const to = static_cast<T*>(k.y.data) + ((b * height + h) * across + w) * channels + c;
-            const int n = w1 - w < kPixels ? static_cast<int>(w1 - w) : kPixels;
+                    for (int p = 0; p < kPixels; ++p) {
+                        sum[0][p] += load(from + upper + p * kLanes);
+                        sum[1][p] += load(from + lower + p * kLanes);
+                    }
+                // What this step writes, and what the next rows are made of: some at a time.
+                const auto ask = [&](int64_t i) {
+                    for (int64_t p = i; p < kPixels; p += k.kh) {
+                        __builtin_prefetch(to + p * all, 1);
+                        __builtin_prefetch(to + below + p * all, 1);
+                        __builtin_prefetch(next + p * pixel, 0, 2);
+                        __builtin_prefetch(next + row + p * pixel, 0, 2);
+                    }
+                };
+                ask(0);
+                accumulate<kTaps, true, false>(from + slot(0), taps, k.kw, sum);
+                for (int64_t i = 1; i < k.kh; ++i) {
+                    ask(i);
+                    accumulate<kTaps, true, true>(from + slot(i), taps + i * k.kw * kLanes, k.kw, sum);
+                }
+                accumulate<kTaps, false, true>(from + slot(k.kh), taps + kernel, k.kw, sum);
+                F found[2][kPixels];  // in memory: `put` is a call
 #pragma GCC unroll 8
-            for (int p = 0; p < kPixels; ++p) {
-                if (p >= n) break;
-                m == kLanes ? store(to + p * channels, quiet(sum[p])) : store(to + p * channels, quiet(sum[p]), m);
+                for (int p = 0; p < kPixels; ++p) found[0][p] = sum[0][p], found[1][p] = sum[1][p];
+                put(found, to, all, h + 1 < h1 ? below : 0, w1 - w, channels - c);
+                from += size, taps += kernel, bias += kLanes, to += kLanes, next += kLanes;
             }
         }
     }
@@ -101,14 +154,15 @@ void tile(const Call& k, int64_t b, int64_t h0, int64_t w0, int64_t c) {
 
 template <class T, int kTaps>
 void run(const Call& k, int64_t begin, int64_t end) {
-    const int64_t rows = k.tiles(k.x.size(1), kRows), columns = k.tiles(k.x.size(2), k.tile), vectors = k.width / kLanes;
+    const int64_t rows = k.tiles(k.x.size(1), kRows), columns = k.tiles(k.x.size(2), k.tile);
+    const int64_t wide = k.vectors * kLanes, across = k.tiles(k.width, wide);
     for (int64_t item = begin; item < end; ++item) {
-        const int64_t i = item / vectors, j = i / columns;
-        tile<T, kTaps>(k, j / rows, j % rows * kRows, i % columns * k.tile, item % vectors * kLanes);
+        const int64_t i = item / across, j = i / columns;
+        tile<T, kTaps>(k, j / rows, j % rows * kRows, i % columns * k.tile, item % across * wide);
     }
 }
 
-// The weights as [kh, kw, width]: a vector of channels for each tap.
+// The weights as [width / kLanes, kh, kw, kLanes]: a vector of channels for each tap.
 template <class T>
 void arrange(const Call& k, float* taps) {
     const View& w = k.weight;
@@ -117,7 +171,7 @@ void arrange(const Call& k, float* taps) {
         const T* const from = static_cast<const T*>(w.data) + c * w.step(0);
         for (int64_t i = 0; i < k.kh; ++i)
             for (int64_t j = 0; j < k.kw; ++j)
-                store(taps + (i * k.kw + j) * k.width + c,
+                store(taps + c * k.kh * k.kw + (i * k.kw + j) * kLanes,
                       gather(from + i * w.step(2) + j * w.step(3), w.step(0), left < kLanes ? static_cast<int>(left) : kLanes));
     }
 }
@@ -136,10 +190,16 @@ Refusal depthwise_conv2d(Stream stream, View y, View x, View weight, Optional bi
     if (weight.dtype > DType::bf16 || (bias && bias.dtype > DType::bf16))
         return "weight or bias: not float32, float16 or bfloat16";
     const auto taps = static_cast<float*>(stream.scratch);
-    const int64_t kh = weight.size(2), kw = weight.size(3), fits = kRing / 4 / kLanes / kh - (kw - 1);
-    if (fits < kPixels) return "weight: a kernel larger than 21 by 21";
-    const int64_t wanted = (x.size(2) + kPixels - 1) / kPixels * kPixels, most = fits / kPixels * kPixels;
-    const Call k{x, y, weight, taps, width_of(x.size(3)), kh, kw, wanted < most ? wanted : most, residual};
+    const int64_t kh = weight.size(2), kw = weight.size(3);
+    const auto fits = [&](int64_t vectors) {  // pixels
+        const int64_t most = (kRing / 4 / kLanes / vectors / (kh + 1) - (kw - 1)) / kPixels * kPixels;
+        return most < kAcross ? most : kAcross;
+    };
+    int64_t vectors = kVectors;
+    while (vectors > 1 && fits(vectors) < kPixels) vectors /= 2;
+    if (fits(vectors) < kPixels) return "weight: a kernel larger than 41 by 41";
+    const int64_t wanted = (x.size(2) + kPixels - 1) / kPixels * kPixels, most = fits(vectors);
+    const Call k{x, y, weight, taps, width_of(x.size(3)), kh, kw, vectors, wanted < most ? wanted : most, residual};
     if (x.numel() == 0) return nullptr;
     return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
@@ -156,8 +216,9 @@ Refusal depthwise_conv2d(Stream stream, View y, View x, View weight, Optional bi
         }
         const auto with = [&](auto count) {
             auto body = [&](int64_t begin, int64_t end) { run<T, decltype(count)::value>(k, begin, end); };
-            const int64_t items = x.size(0) * k.tiles(x.size(1), kRows) * k.tiles(x.size(2), k.tile) * (k.width / kLanes);
-            const int64_t work = kRows * k.tile * kLanes * kh * kw / 8;
+            const int64_t wide = k.vectors * kLanes, across = k.tiles(k.width, wide);
+            const int64_t items = x.size(0) * k.tiles(x.size(1), kRows) * k.tiles(x.size(2), k.tile) * across;
+            const int64_t work = kRows * k.tile * (wide < k.width ? wide : k.width) * kh * kw / 8;
             parallel_for(items, (kSerialElements + work - 1) / work, body);
         };
         kw == 7 ? with(Tag<7>{}) : kw == 3 ? with(Tag<3>{}) : with(Tag<0>{});

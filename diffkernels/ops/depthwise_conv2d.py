@@ -50,6 +50,7 @@ def _eager(x, weight, bias):  # type: ignore[no-untyped-def]
         Case("wider-than-x", _drawn, (1, 2, 3, 16, 7, True, False)),
         Case("one-tap", _drawn, (1, 3, 3, 8, 1)),
         Case("long", lambda d: {"x": d(1, 3, 21, 17), "weight": d(17, 1, 3, 5), "bias": d.f32(17)}),
+        Case("large", _drawn, (1, 5, 9, 37, 21)),
         Case("no-samples", _drawn, (0, 4, 4, 16, 3)),
         Case("no-pixels", _drawn, (2, 0, 4, 16, 3)),
         Case(
