@@ -1,10 +1,10 @@
 // y[h, w, c] = bias[c] + sum_ij weight[c, i, j] x[h + i - kh/2, w + j - kw/2, c] (+ x[h, w, c]), channels last
 //
-// Idea: a tile has the vectors of 256 bytes of channels, so that x and y are met in whole pieces. The rows of each that two
-// output rows need are packed side by side, with their zero padding, in a ring: as they lie, neighbours are a whole pixel
-// apart, which is a page every other pixel. kPixels neighbours of both rows then sum up in registers: a vector is read once for
-// all taps that it meets in two rows of the kernel; what is written, and what the next rows need, is asked for meanwhile.
-// Takes: x and y float32, float16 or bfloat16, alike; weight and bias any of these; any strides; odd kernels, up to 41 by 41.
+// Idea: a tile has some vectors of channels side by side. The rows of each that two output rows need are packed, with their
+// zero padding, in a ring: as they lie, neighbours are a whole pixel apart, which is a page every other pixel. kPixels
+// neighbours of both rows then sum up in registers: a vector is read once for all taps that it meets in two rows of the
+// kernel; what is written, and what the next rows need, is asked for meanwhile.
+// Takes: x and y float32, float16 or bfloat16, alike; weight and bias any of these; any strides; odd kernels, up to 27 by 27.
 // Floor: 1 read, 1 write, kh kw multiply-adds an element.
 // Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/depthwise_conv2d.cpp
 #include "norm.h"
@@ -13,8 +13,8 @@ namespace dk {
 namespace {
 
 constexpr int kPixels = kLanes == 16 ? 8 : 4;  // what the registers hold in two rows, beside the window and two taps
-constexpr int64_t kVectors = 64 / kLanes;      // of channels, side by side in x and y: 256 bytes
-constexpr int64_t kRing = 131072;              // bytes of their rings
+constexpr int64_t kVectors = 32 / kLanes;      // of a tile's channels, where there are tiles for all threads
+constexpr int64_t kRing = 65536;               // bytes of their rings
 constexpr int64_t kRows = 16, kAcross = 32;    // of a tile: each tile reads kh - 1 more rows, kw - 1 more columns
 
 struct Call {
@@ -24,6 +24,9 @@ struct Call {
     bool residual;
 
     DK_INLINE int64_t tiles(int64_t n, int64_t size) const { return (n + size - 1) / size; }
+    DK_INLINE int64_t items() const {
+        return x.size(0) * tiles(x.size(1), kRows) * tiles(x.size(2), tile) * tiles(width, vectors * kLanes);
+    }
     DK_INLINE int64_t packed() const { return tile + kw - 1; }  // columns of a ring's row
     DK_INLINE int64_t ring() const { return packed() * (kh + 1) * kLanes; }
 };
@@ -33,7 +36,8 @@ DK_INLINE int64_t width_of(int64_t channels) { return (channels + kLanes - 1) / 
 // Columns [first, first + packed) of row h, zeros where there is none: a tile's vectors, each into a ring of its own.
 template <class T>
 DK_INLINE void pack(const Call& k, const T* base, int64_t h, int64_t first, int64_t channels, float* to) {
-    const int64_t across = k.x.size(2), pixel = k.x.step(2), step = k.x.step(3), ring = k.ring(), packed = k.packed();
+    const int64_t across = k.x.size(2), pixel = across > 1 ? k.x.step(2) : 0, step = k.x.step(3), ring = k.ring(),
+                  packed = k.packed();
     const bool inside = h >= 0 && h < k.x.size(1), whole = channels == kVectors * kLanes && step == 1;
     const T* from = base + (inside ? h * k.x.step(1) + first * pixel : 0);  // read where there is a pixel
     for (int64_t w = first; w < first + packed; ++w, from += pixel, to += kLanes) {
@@ -97,7 +101,8 @@ void tile(const Call& k, int64_t b, int64_t h0, int64_t w0, int64_t c0) {
     const T* const base = static_cast<const T*>(x.data) + b * x.step(0) + c0 * x.step(3);
     const int64_t above = k.kh / 2, h1 = h0 + kRows < height ? h0 + kRows : height;
     const int64_t w1 = w0 + k.tile < across ? w0 + k.tile : across;
-    const int64_t size = k.ring(), row = x.step(1), pixel = x.step(2), kernel = k.kh * k.kw * kLanes, below = across * all;
+    const int64_t size = k.ring(), row = height > 1 ? x.step(1) : 0, pixel = across > 1 ? x.step(2) : 0,
+                  kernel = k.kh * k.kw * kLanes, below = across * all;
     const bool residual = k.residual;
     int64_t oldest = 0;
     const auto slot = [&](int64_t i) {  // where row h - above + i lies
@@ -195,11 +200,13 @@ Refusal depthwise_conv2d(Stream stream, View y, View x, View weight, Optional bi
         const int64_t most = (kRing / 4 / kLanes / vectors / (kh + 1) - (kw - 1)) / kPixels * kPixels;
         return most < kAcross ? most : kAcross;
     };
-    int64_t vectors = kVectors;
-    while (vectors > 1 && fits(vectors) < kPixels) vectors /= 2;
-    if (fits(vectors) < kPixels) return "weight: a kernel larger than 41 by 41";
-    const int64_t wanted = (x.size(2) + kPixels - 1) / kPixels * kPixels, most = fits(vectors);
-    const Call k{x, y, weight, taps, width_of(x.size(3)), kh, kw, vectors, wanted < most ? wanted : most, residual};
+    if (fits(1) < kPixels) return "weight: a kernel larger than 27 by 27";
+    const int64_t wanted = (x.size(2) + kPixels - 1) / kPixels * kPixels;
+    Call k{x, y, weight, taps, width_of(x.size(3)), kh, kw, 2 * kVectors, 0, residual};
+    do {
+        k.vectors /= 2;
+        k.tile = wanted < fits(k.vectors) ? wanted : fits(k.vectors);
+    } while (k.vectors > 1 && (k.tile < kPixels || k.items() < dk_parallel_threads()));
     if (x.numel() == 0) return nullptr;
     return for_value(Floats{}, x.dtype, "x: not float32, float16 or bfloat16", [&](auto tag) -> Refusal {
         using T = typename TypeOf<decltype(tag)::value>::type;
@@ -216,10 +223,8 @@ Refusal depthwise_conv2d(Stream stream, View y, View x, View weight, Optional bi
         }
         const auto with = [&](auto count) {
             auto body = [&](int64_t begin, int64_t end) { run<T, decltype(count)::value>(k, begin, end); };
-            const int64_t wide = k.vectors * kLanes, across = k.tiles(k.width, wide);
-            const int64_t items = x.size(0) * k.tiles(x.size(1), kRows) * k.tiles(x.size(2), k.tile) * across;
-            const int64_t work = kRows * k.tile * (wide < k.width ? wide : k.width) * kh * kw / 8;
-            parallel_for(items, (kSerialElements + work - 1) / work, body);
+            const int64_t wide = k.vectors * kLanes, work = kRows * k.tile * (wide < k.width ? wide : k.width) * kh * kw / 8;
+            parallel_for(k.items(), (kSerialElements + work - 1) / work, body);
         };
         kw == 7 ? with(Tag<7>{}) : kw == 3 ? with(Tag<3>{}) : with(Tag<0>{});
         return nullptr;

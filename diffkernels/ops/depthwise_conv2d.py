@@ -51,6 +51,7 @@ def _eager(x, weight, bias):  # type: ignore[no-untyped-def]
         Case("one-tap", _drawn, (1, 3, 3, 8, 1)),
         Case("long", lambda d: {"x": d(1, 3, 21, 17), "weight": d(17, 1, 3, 5), "bias": d.f32(17)}),
         Case("large", _drawn, (1, 5, 9, 37, 21)),
+        Case("tiles", _drawn, (1, 19, 45, 70, 5)),
         Case("no-samples", _drawn, (0, 4, 4, 16, 3)),
         Case("no-pixels", _drawn, (2, 0, 4, 16, 3)),
         Case(
