@@ -27,7 +27,8 @@ struct Call {
     DK_INLINE int64_t items() const {
         return x.size(0) * tiles(x.size(1), kRows) * tiles(x.size(2), tile) * tiles(width, vectors * kLanes);
     }
-    DK_INLINE int64_t packed() const { return tile + kw - 1; }  // columns of a ring's row
+    DK_INLINE int64_t step(int i) const { return x.size(i) > 1 ? x.step(i) : 0; }  // one alone may have any
+    DK_INLINE int64_t packed() const { return tile + kw - 1; }                     // columns of a ring's row
     DK_INLINE int64_t ring() const { return packed() * (kh + 1) * kLanes; }
 };
 
@@ -36,10 +37,9 @@ DK_INLINE int64_t width_of(int64_t channels) { return (channels + kLanes - 1) / 
 // Columns [first, first + packed) of row h, zeros where there is none: a tile's vectors, each into a ring of its own.
 template <class T>
 DK_INLINE void pack(const Call& k, const T* base, int64_t h, int64_t first, int64_t channels, float* to) {
-    const int64_t across = k.x.size(2), pixel = across > 1 ? k.x.step(2) : 0, step = k.x.step(3), ring = k.ring(),
-                  packed = k.packed();
+    const int64_t across = k.x.size(2), pixel = k.step(2), step = k.x.step(3), ring = k.ring(), packed = k.packed();
     const bool inside = h >= 0 && h < k.x.size(1), whole = channels == kVectors * kLanes && step == 1;
-    const T* from = base + (inside ? h * k.x.step(1) + first * pixel : 0);  // read where there is a pixel
+    const T* from = base + (inside ? h * k.step(1) + first * pixel : 0);  // read where there is a pixel
     for (int64_t w = first; w < first + packed; ++w, from += pixel, to += kLanes) {
         if (!inside || w < 0 || w >= across) {
             for (int64_t v = 0; v * kLanes < channels; ++v) store(to + v * ring, F{});
@@ -101,8 +101,7 @@ void tile(const Call& k, int64_t b, int64_t h0, int64_t w0, int64_t c0) {
     const T* const base = static_cast<const T*>(x.data) + b * x.step(0) + c0 * x.step(3);
     const int64_t above = k.kh / 2, h1 = h0 + kRows < height ? h0 + kRows : height;
     const int64_t w1 = w0 + k.tile < across ? w0 + k.tile : across;
-    const int64_t size = k.ring(), row = height > 1 ? x.step(1) : 0, pixel = across > 1 ? x.step(2) : 0,
-                  kernel = k.kh * k.kw * kLanes, below = across * all;
+    const int64_t size = k.ring(), row = k.step(1), pixel = k.step(2), kernel = k.kh * k.kw * kLanes, below = across * all;
     const bool residual = k.residual;
     int64_t oldest = 0;
     const auto slot = [&](int64_t i) {  // where row h - above + i lies
