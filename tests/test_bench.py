@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from diffkernels import cli
 from diffkernels._op import OPS
-from diffkernels.bench import machine, peers, report, results, runner, suite, timing
+from diffkernels.bench import dit, machine, peers, report, results, runner, suite, timing
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--seconds", "0.02", "--max-load", "100", "--processes", "2"]
@@ -171,6 +171,17 @@ def test_libraries_agree_with_the_definition(peer) -> None:
     y, var, mean = peers.PEERS[peer](op, case, kwargs)(kwargs)()
     for got, expected in zip((y, var, mean), torch.utils._pytree.tree_leaves(case.eager(**kwargs)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_openvino_in_8_bits_answers_what_the_model_does() -> None:
+    pytest.importorskip("nncf")
+    model = dit.drawn("S/8", depth=2)
+    x, t, y = torch.randn(2, *model.sample_shape), torch.tensor([500.0, 20.0]), torch.tensor([1, 2])
+    with torch.no_grad():
+        found, exact = dit.openvino(model, x, t, y), dit.eager(model, x, t, y)
+    assert set(found) == {"openvino", "openvino weights"}
+    for name, call in found.items():
+        assert dit.psnr(call(), exact) > 20, name
 
 
 def test_peers_of_4_bits_answer_what_the_op_does() -> None:

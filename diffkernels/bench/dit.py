@@ -6,15 +6,20 @@ weights are needed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import io
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from . import peers
 
 OUTLIERS, LARGER = 1e-3, 50.0  # of a Linear's inputs, at least one, and by how much
 
@@ -83,10 +88,50 @@ def eager(model: Any, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return model._unpatchify(model.final_layer.linear(norm(h, *modulations(model.final_layer, 2))))
 
 
+class _Eager(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return eager(self.model, x, t, y)
+
+
+def openvino(model: Any, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """OpenVINO's 8 bits, as NNCF makes them of a float32 model; nothing where these are not installed.
+
+    "openvino": weights and activations, whose ranges are found on 16 random inputs; "openvino weights": weights alone. The rest
+    is in the dtype that OpenVINO prefers: bfloat16, where the machine has it.
+    """
+    try:
+        ov, nncf = peers.openvino_library(), peers.library("nncf")
+    except peers.Skip:
+        return {}
+    draw, arrays = torch.Generator().manual_seed(2), [a.numpy() for a in (x, t, y)]
+
+    def sample(_: int) -> list[Any]:
+        labels = torch.randint(model.labels, y.shape, generator=draw)
+        return [a.numpy() for a in (torch.randn(x.shape, generator=draw), 999 * torch.rand(t.shape, generator=draw), labels)]
+
+    def converted() -> Any:
+        return ov.convert_model(_Eager(model), example_input=(x, t, y), input=[list(a.shape) for a in (x, t, y)])
+
+    def call(made: Any) -> Callable[[], Tensor]:
+        request = peers.openvino_request(made)
+        return lambda: torch.from_numpy(request.infer(arrays, share_inputs=True, share_outputs=True)[0])
+
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        some = nncf.Dataset(range(16), sample)
+        coded = nncf.quantize(converted(), some, model_type=nncf.ModelType.TRANSFORMER, subset_size=16)
+        light = nncf.compress_weights(converted(), mode=nncf.CompressWeightsMode.INT8_SYM)
+    return {"openvino": call(coded), "openvino weights": call(light)}
+
+
 def contenders(name: str = "B/2", **config: Any) -> tuple[dict[str, Callable[[], Tensor]], Tensor, list[int]]:
     """{"ours": int8, fused; "unfused"; "eager", "compile": plain PyTorch in bfloat16}, what float32 answers, the input's shape.
 
-    Batch 2, in bfloat16 but for the codes: 256 tokens for B/2.
+    And OpenVINO's, where it and NNCF are installed. Batch 2, in bfloat16 but for the codes: 256 tokens for B/2.
     """
     from ..fuse import fuse_
     from ..quantize import quantize_
@@ -95,7 +140,7 @@ def contenders(name: str = "B/2", **config: Any) -> tuple[dict[str, Callable[[],
     draw = torch.Generator().manual_seed(1)
     x, t, y = torch.randn(2, *exact.sample_shape, generator=draw), torch.tensor([500.0, 20.0]), torch.tensor([1, 2])
     with torch.no_grad():
-        expected = eager(exact, x, t, y)
+        expected, theirs = eager(exact, x, t, y), openvino(exact, x, t, y)
         plain = exact.bfloat16()
         unfused = copy.deepcopy(plain)
         quantize_(unfused)
@@ -108,5 +153,6 @@ def contenders(name: str = "B/2", **config: Any) -> tuple[dict[str, Callable[[],
         "unfused": lambda: unfused(x, t, y),
         "eager": lambda: eager(plain, x, t, y),
         "compile": lambda: fast(x, t, y),
+        **theirs,
     }
     return found, expected, list(x.shape)

@@ -33,7 +33,7 @@ class Skip(Exception):
     """Why a peer can't be had: its text is the row's."""
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # a broken peer must not end the run, whatever it raises
@@ -69,7 +69,7 @@ def liger(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     if op.name not in ("norm_modulate", "geglu"):
         raise Skip(f"has nothing for {op.name}")
     _on_gpu(kwargs)
-    functional = _library("liger_kernel.transformers.functional")
+    functional = library("liger_kernel.transformers.functional")
     if op.name == "geglu":
         return lambda given: lambda: functional.liger_geglu(given["a"], given["b"])
     if kwargs.get("norm") == "rms":
@@ -99,23 +99,30 @@ def _tensors(names: tuple[str, ...], kwargs: dict[str, Any], library: str) -> tu
     return tuple(t.contiguous() for t in tensors)
 
 
-def openvino(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
-    """OpenVINO, the formula converted, in float32 (its CPU plugin would choose bfloat16 where there is one)."""
-    formula, names = _formula(case)
-    tensors = _tensors(names, kwargs, "OpenVINO")
+def openvino_library() -> Any:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # it would report to its makers
-    ov = _library("openvino")
-    found = ov.convert_model(_Formula(formula, names).eval(), example_input=tensors)
-    hint = {
-        "INFERENCE_PRECISION_HINT": "f32",
+    return library("openvino")
+
+
+def openvino_request(model: Any, **hints: str) -> Any:
+    """A model of OpenVINO's, ready to `infer` on as many threads as PyTorch has."""
+    common = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,  # it would pin the process's own threads too, and so everybody's
     }
-    model = ov.compile_model(found, "CPU", hint)
+    return openvino_library().compile_model(model, "CPU", common | hints).create_infer_request()
+
+
+def openvino(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
+    """OpenVINO, the formula converted, in float32 (its CPU plugin would choose bfloat16 where there is one)."""
+    formula, names = _formula(case)
+    tensors = _tensors(names, kwargs, "OpenVINO")
+    found = openvino_library().convert_model(_Formula(formula, names).eval(), example_input=tensors)
 
     def bind(given: dict[str, Any]) -> Call:
-        request, arrays = model.create_infer_request(), [t.numpy() for t in _tensors(names, given, "OpenVINO")]
+        request = openvino_request(found, INFERENCE_PRECISION_HINT="f32")
+        arrays = [t.numpy() for t in _tensors(names, given, "OpenVINO")]
 
         def call() -> list[Tensor]:
             answer = request.infer(arrays, share_inputs=True, share_outputs=True)
@@ -132,7 +139,7 @@ def onnxruntime(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     Its threads do not spin after their work: they would take the cores from whoever is next.
     """
     formula, names = _formula(case)
-    tensors, ort, _ = _tensors(names, kwargs, "ONNX Runtime"), _library("onnxruntime"), _library("onnx")
+    tensors, ort, _ = _tensors(names, kwargs, "ONNX Runtime"), library("onnxruntime"), library("onnx")
     file = io.BytesIO()
     torch.onnx.export(_Formula(formula, names).eval(), tensors, file, input_names=list(names), dynamo=False, opset_version=18)  # type: ignore[arg-type]
     options = ort.SessionOptions()
@@ -195,7 +202,7 @@ def flash_attn(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     _attention(op, kwargs, "causal", "causal bottom-right", "grouped heads")
     _on_gpu(kwargs)
     attend, more = (
-        _library("flash_attn").flash_attn_func,
+        library("flash_attn").flash_attn_func,
         {"softmax_scale": kwargs["scale"], "causal": kwargs["causal"] != "none"},
     )
     return lambda given: lambda: attend(given["q"], given["k"], given["v"], **more)
@@ -204,14 +211,14 @@ def flash_attn(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
 def sageattention(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     _attention(op, kwargs, "causal")
     _on_gpu(kwargs)
-    attend, more = _library("sageattention").sageattn, {"sm_scale": kwargs["scale"], "is_causal": kwargs["causal"] != "none"}
+    attend, more = library("sageattention").sageattn, {"sm_scale": kwargs["scale"], "is_causal": kwargs["causal"] != "none"}
     return lambda given: lambda: attend(given["q"], given["k"], given["v"], tensor_layout="NHD", **more)
 
 
 def xformers(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     _attention(op, kwargs)
     _on_gpu(kwargs)
-    attend, scale = _library("xformers.ops").memory_efficient_attention, kwargs["scale"]
+    attend, scale = library("xformers.ops").memory_efficient_attention, kwargs["scale"]
     return lambda given: lambda: attend(given["q"], given["k"], given["v"], scale=scale)
 
 
@@ -292,7 +299,7 @@ def torchao(op: Op, case: Case, kwargs: dict[str, Any]) -> Bind:
     if op.name != "linear_w8a8":
         raise Skip("stands in for layers of 8 bits only")
     layer, activation, x = _float_linear(op, kwargs)
-    quantization = _library("torchao.quantization")
+    quantization = library("torchao.quantization")
     quantization.quantize_(layer, quantization.Int8DynamicActivationInt8WeightConfig())
     return lambda given: lambda: activation(layer(x))
 
