@@ -99,14 +99,22 @@ class GegluMlp(Fusable):
         return w2.from_codes(ops.act_quantize(gated, **w2.coding), h.dtype)
 
 
-class TransformerBlock(nn.Module):
+class _Block(nn.Module):
+    def __init__(self, stage: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.dropout = stage["dropout_prob"]
+
+    def dropped(self, h: Tensor) -> Tensor:
+        return F.dropout(h, self.dropout) if self.dropout and self.training else h
+
+
+class TransformerBlock(_Block):
     """x += block1(norm(x)); x += block2(norm(x)), [B, N, D]. Parameters: block1 (attention), block2 (MLP)."""
 
     def __init__(self, stage: Mapping[str, Any], norm_type: str) -> None:
-        super().__init__()
+        super().__init__(stage)
         self.block1 = Attention(stage, norm_type)
         self.block2 = GegluMlp(stage, norm_type)
-        self.dropout = stage["dropout_prob"]
 
     def forward(self, x: Tensor, delta: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The block on x + delta (None: on x), the sum being made in the first norm's pass. table [T, P].
@@ -115,29 +123,28 @@ class TransformerBlock(nn.Module):
             The block's input x + delta, and its output as a sum that is still to be made, (x, delta).
         """
         start, h = self.block1.norm.residual(x, delta, table)
-        x, h = self.block2.norm.residual(start, F.dropout(self.block1(h), self.dropout, self.training), table)
-        return start, x, F.dropout(self.block2(h), self.dropout, self.training)
+        x, h = self.block2.norm.residual(start, self.dropped(self.block1(h)), table)
+        return start, x, self.dropped(self.block2(h))
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(_Block):
     """x += conv7×7(x), depthwise and without a norm; x += block2(norm(x)), [B, H, W, D]. Parameters: block1.1, block2."""
 
     def __init__(self, stage: Mapping[str, Any], norm_type: str) -> None:
-        super().__init__()
+        super().__init__(stage)
         dim, size = stage["dim"], stage["kernel_size"]
         self.block1 = nn.ModuleDict({"1": nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim)})
         self.block2 = GegluMlp(stage, norm_type)
-        self.dropout = stage["dropout_prob"]
 
     def forward(self, x: Tensor, delta: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `TransformerBlock.forward`; the convolution follows, not a norm, so x + delta is a pass of its own."""
         start = x if delta is None else x + delta
         conv: nn.Conv2d = self.block1["1"]  # type: ignore[assignment]
         if self.dropout and self.training:
-            x = start + F.dropout(ops.depthwise_conv2d(start, conv.weight, conv.bias), self.dropout)
+            x = start + self.dropped(ops.depthwise_conv2d(start, conv.weight, conv.bias))
         else:
             x = ops.depthwise_conv2d(start, conv.weight, conv.bias, residual=True)
-        return start, x, F.dropout(self.block2(self.block2.norm(x, table=table)), self.dropout, self.training)
+        return start, x, self.dropped(self.block2(self.block2.norm(x, table=table)))
 
 
 BLOCKS = {TRANSFORMER: TransformerBlock, CONVNEXT: ConvNeXtBlock}
