@@ -166,17 +166,23 @@ void run(const Call& k, int64_t begin, int64_t end) {
     }
 }
 
-// The weights as [width / kLanes, kh, kw, kLanes]: a vector of channels for each tap.
+// The weights as [width / kLanes, kh, kw, kLanes]: a vector of channels for each tap. Some taps at a time are turned in memory.
 template <class T>
 void arrange(const Call& k, float* taps) {
+    constexpr int64_t kSome = 8;
     const View& w = k.weight;
+    const int64_t channel = w.step(0), tap = w.step(3);
     for (int64_t c = 0; c < k.width; c += kLanes) {
-        const int64_t left = w.size(0) - c;
-        const T* const from = static_cast<const T*>(w.data) + c * w.step(0);
+        const int64_t lanes = w.size(0) - c < kLanes ? w.size(0) - c : kLanes;
         for (int64_t i = 0; i < k.kh; ++i)
-            for (int64_t j = 0; j < k.kw; ++j)
-                store(taps + c * k.kh * k.kw + (i * k.kw + j) * kLanes,
-                      gather(from + i * w.step(2) + j * w.step(3), w.step(0), left < kLanes ? static_cast<int>(left) : kLanes));
+            for (int64_t j = 0; j < k.kw; j += kSome) {
+                const T* from = static_cast<const T*>(w.data) + c * channel + i * w.step(2) + j * tap;
+                const int64_t n = k.kw - j < kSome ? k.kw - j : kSome;
+                T turned[kSome][kLanes] = {};
+                for (int64_t l = 0; l < lanes; ++l, from += channel)
+                    for (int64_t t = 0; t < n; ++t) turned[t][l] = from[t * tap];
+                for (int64_t t = 0; t < n; ++t, taps += kLanes) store(taps, load(turned[t]));
+            }
     }
 }
 
