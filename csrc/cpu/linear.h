@@ -68,12 +68,20 @@ struct Tile {
     int rows, columns, done;
 };
 
-// What goes on beside a product: the epilogue of another tile, by rows.
+// What goes on beside a product, by rows: the epilogue of another tile; and where the product's own will write is asked for, a
+// line here and there, which would take longer than all the rest.
 struct Aside {
     const Call* call;
     Tile* tile;
     void (*finish)(const Call&, Tile&, int);
-    DK_INLINE void operator()(int rows) const {
+    char* to;
+    int64_t apart, bytes;  // from a row to the next, and of one
+    int left;
+    DK_INLINE void ask(int rows) {
+        for (; rows > 0 && left > 0; --rows, --left, to += apart) prefetch_for_write(to, static_cast<size_t>(bytes));
+    }
+    DK_INLINE void operator()(int rows) {
+        ask(rows);
         if (tile->done < tile->rows) finish(*call, *tile, rows);
     }
 };
@@ -206,7 +214,10 @@ void run(const Call& c, const X& source, const W& weight, int64_t thread, int64_
                     const int n = static_cast<int>(rows - r < P::kRows ? rows - r : P::kRows);
                     const Element* const x = laid + r * c.line + k * P::kStep;
                     uint32_t* const to = c.chunk < c.depth ? waits_at : sums[side];
-                    const Aside aside{&c, &waiting, finish<P, T, kActivation>};
+                    constexpr int64_t kSize = sizeof(T), kWritten = P::kColumns * kSize;
+                    char* const y = static_cast<char*>(c.y.data) + ((from + r) * c.columns + first + j) * kSize;
+                    Aside aside{&c, &waiting, finish<P, T, kActivation>, y, c.columns * kSize, kWritten, last ? n : 0};
+                    if (!P::kInTiles) aside.ask(n);
                     if (n <= P::kFew)
                         P::template multiply<P::kFew>(w + j * kDepth, x, c, some, k > 0, to, aside);
                     else

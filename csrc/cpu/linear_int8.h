@@ -142,7 +142,7 @@ struct Int8 {
 #if defined(__AMX_INT8__) || defined(DK_EMULATE_TILES)
     template <int kSome>
     __attribute__((noinline)) static void multiply(const uint8_t* w, const Code* x, const Call& c, int64_t n, bool,
-                                                   uint32_t* to, const Aside& aside) {
+                                                   uint32_t* to, Aside& aside) {
         constexpr int kTall = kSome / kTileRows;
         const int64_t line = c.line, words = (n + kDepth - 1) / kDepth, whole = words / kTileLanes * kTileLanes;
         const int rows = static_cast<int>(kRows * kTileLanes / (words + 1) + 1);  // of the other tile, a step
@@ -160,7 +160,7 @@ struct Int8 {
 #else
     template <int kSome>
     __attribute__((noinline)) static void multiply(const uint8_t* w, const Code* x, const Call&, int64_t n, bool, uint32_t* to,
-                                                   const Aside&) {
+                                                   Aside&) {
         U sum[kSome][kVectors] = {};
 #pragma GCC unroll 1
         for (int64_t k = 0; k < n; k += kDepth, w += kPanel * kDepth, x += kRows * kDepth) {

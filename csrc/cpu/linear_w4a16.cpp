@@ -97,7 +97,7 @@ struct Vectors {
 
     // The halves of a chunk are summed apart, for the same reason as chunks are.
     template <int kSome>
-    static void multiply(const uint8_t* w, const float* x, const Call&, int64_t n, bool add, uint32_t* to, const Aside&) {
+    static void multiply(const uint8_t* w, const float* x, const Call&, int64_t n, bool add, uint32_t* to, Aside&) {
         constexpr int64_t kHalf = kChunk / 2;
         alignas(64) float all[kSome * kColumns];
         run<kSome>(w, x, n < kHalf ? n : kHalf, false, all);
@@ -135,7 +135,7 @@ struct Tiles {
 
     template <int kSome>
     __attribute__((noinline)) static void multiply(const uint8_t* w, const bf16* x, const Call& c, int64_t n, bool add,
-                                                   uint32_t* to, const Aside& aside) {
+                                                   uint32_t* to, Aside& aside) {
         constexpr int kTall = kSome / kTileRows;
         const int64_t lanes = (n + kStepOfTiles - 1) / kStepOfTiles * kTileLanes;
         const int rows = static_cast<int>(kRows * kTileLanes / (lanes + 1) + 1);  // of the other tile, a step
@@ -168,7 +168,7 @@ struct Groups : Tiles {
     // w: of each group its scales, float32 [64], and its codes
     template <int kSome>
     __attribute__((noinline)) static void multiply(const uint8_t* w, const bf16* x, const Call& c, int64_t n, bool add,
-                                                   uint32_t* to, const Aside&) {
+                                                   uint32_t* to, Aside&) {
         alignas(64) float group[kSome * kColumns];
         const int rows = c.rows < kSome ? static_cast<int>(c.rows) : kSome;
         if (n == 0) std::memset(to, 0, sizeof group);
