@@ -68,8 +68,8 @@ struct Tile {
     int rows, columns, done;
 };
 
-// What goes on beside a product, by rows: the epilogue of another tile; and where the product's own will write is asked for, a
-// line here and there, which would take longer than all the rest.
+// What goes on beside a product, by rows: the epilogue of another tile; and the lines that the product's own will write, far
+// apart, are asked for: to wait for them took longer than all the rest.
 struct Aside {
     const Call* call;
     Tile* tile;
