@@ -100,12 +100,13 @@ DK_HOST_INLINE Refusal readable(const Attention& a) {
     return nullptr;
 }
 
+// `coded`: q and k are 8-bit codes.
 DK_HOST_INLINE Refusal parse(Attention& a, const View& q, const View& k, const View& v, const Optional& bias,
                              const Optional& mask, const Optional& key_lengths, const Optional& cu_q, const Optional& cu_k,
-                             const Optional& kv_index, const Text& causal, double scale) {
+                             const Optional& kv_index, const Text& causal, double scale, bool coded = false) {
     if (q.ndim != 4 || k.ndim != 4 || v.ndim != 4) return "q, k, v: not four-dimensional";
-    if (!is_float(q.dtype) || k.dtype != q.dtype || v.dtype != q.dtype)
-        return "q, k, v: not alike, or not float32, float16 or bfloat16";
+    if (!is_float(v.dtype) || k.dtype != q.dtype || q.dtype != (coded ? DType::i8 : v.dtype))
+        return "q, k, v: not alike (or q and k not int8), or not float32, float16 or bfloat16";
     a.q_samples = q.shape[0], a.q_tokens = q.shape[1], a.heads = q.shape[2], a.d = q.shape[3];
     a.k_samples = k.shape[0], a.k_tokens = k.shape[1], a.kv_heads = k.shape[2], a.dv = v.shape[3];
     if (a.d < 1 || a.dv < 1 || a.d > kMaxHead || a.dv > kMaxHead || k.shape[3] != a.d) return "q, k, v: head dimension";

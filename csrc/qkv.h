@@ -1,4 +1,4 @@
-// A call of qkv_prep, as its kernels see it (diffkernels/ops/qkv_prep.py).
+// A call of qkv_prep or qkv_quantize, as their kernels see it (diffkernels/ops/qkv_prep.py, qkv_quantize.py).
 #pragma once
 
 #include "op.h"
@@ -12,6 +12,8 @@ struct Part {
     void* y;
     Optional bias, weight, shift;  // [H * D]; the others [D], or [H * D] where the norm goes across
     bool main;                     // q or k: normed and rotated
+    float* scale = nullptr;        // y are codes: of each of their rows
+    Optional less = {{nullptr, nullptr, nullptr, -1, DType::other}};  // what is taken from rows before: [(B,) H, D]
 
     DK_INLINE int64_t tokens() const { return x.shape[1]; }
     DK_INLINE int64_t heads() const { return x.shape[2]; }
@@ -42,16 +44,18 @@ DK_HOST_INLINE bool is_table(const Optional& t, const View& q, int64_t half) {
     return t.ndim == 2 || t.shape[0] == q.shape[0];
 }
 
+// `coded`: of q and k out has codes and their scales, one after the other.
 DK_HOST_INLINE Refusal describe(Qkv& c, Views out, View q, View k, Optional v, Optional q_bias, Optional k_bias,
                                 Optional v_bias, Optional q_weight, Optional k_weight, Optional q_shift, Optional k_shift,
-                                Optional cos, Optional sin, Text rope, Text norm, bool across, double eps) {
+                                Optional cos, Optional sin, Text rope, Text norm, bool across, double eps, bool coded = false) {
     const Optional none{{nullptr, nullptr, nullptr, -1, DType::other}};
+    const int each = coded ? 2 : 1;
     c.count = v ? 3 : 2;
-    if (out.count != c.count) return "out: not one for each of q, k and v";
+    if (out.count != c.count + 2 * (each - 1)) return "out: not one for each of q, k and v";
     if (!v && v_bias) return "v_bias: without v";
     c.parts[0] = {q, out[0].data, q_bias, q_weight, q_shift, true};
-    c.parts[1] = {k, out[1].data, k_bias, k_weight, k_shift, true};
-    if (v) c.parts[2] = {v, out[2].data, v_bias, none, none, false};
+    c.parts[1] = {k, out[each].data, k_bias, k_weight, k_shift, true};
+    if (v) c.parts[2] = {v, out[2 * each].data, v_bias, none, none, false};
     c.norm = !(norm == "none");
     c.center = norm == "layer";
     if (c.norm && !c.center && !(norm == "rms")) return "norm: neither 'none', 'rms' nor 'layer'";
@@ -64,8 +68,15 @@ DK_HOST_INLINE Refusal describe(Qkv& c, Views out, View q, View k, Optional v, O
         const Part& p = c.parts[i];
         if (p.x.ndim != 4 || p.x.shape[3] < 1) return "q, k, v: not [B, S, H, D]";
         if (p.x.dtype != q.dtype) return "q, k, v: not of one dtype";
-        if (!out[i].same_shape(p.x) || !out[i].contiguous() || out[i].dtype != p.x.dtype)
+        const View& y = out[i * each];
+        if (!y.same_shape(p.x) || !y.contiguous() || y.dtype != (coded && p.main ? DType::i8 : p.x.dtype))
             return "out: not contiguous, or not like q, k and v";
+        if (coded && p.main) {
+            const View& scale = out[i * each + 1];
+            if (scale.ndim != 3 || scale.dtype != DType::f32 || !scale.contiguous() || scale.numel() * p.columns() != y.numel())
+                return "out: not a float32 scale a row";
+            c.parts[i].scale = static_cast<float*>(scale.data);
+        }
         const int64_t all = p.heads() * p.columns(), normed = across ? all : p.columns();
         if (!c.norm && (p.weight || p.shift)) return "a weight or shift without a norm";
         if (!is_vector(p.bias, all) || !is_vector(p.weight, normed) || !is_vector(p.shift, normed))

@@ -216,7 +216,7 @@ def qkv_prep(t):
     "A norm of each head with neighbours rotated; across heads with halves; LayerNorm with all there is; values' bias."
     given = pointers("y bias weight shift", t) | {"x": ("*" + t, "i32", "i32", "i32", 1)} | integers("T H D half")
     given |= dict.fromkeys(("cos", "sin"), ("*fp32", "i32", "i32")) | {"eps": "fp32"}
-    given |= {"NORM": 1, "ACROSS": False, "APART": False}
+    given |= {"NORM": 1, "ACROSS": False, "APART": False, "scales": None, "center": None}
     few = {"bias": None, "shift": None}
     yield "_kernel", given | few | {"HEADS": 16, "BLOCK": 128, "PAIRS": 64}, 4
     yield "_kernel", given | few | {"ACROSS": True, "APART": True, "HEADS": 16, "BLOCK": 128, "PAIRS": 64}, 4
@@ -224,6 +224,14 @@ def qkv_prep(t):
     yield "_kernel", given | {"NORM": 2, "APART": True, "HEADS": 32, "BLOCK": 64, "PAIRS": 32}, 4
     none = dict.fromkeys(("weight", "shift", "cos", "sin")) | {"NORM": 0}
     yield "_kernel", given | none | {"HEADS": 16, "BLOCK": 128, "PAIRS": 64}, 4
+
+
+def qkv_quantize(t):
+    "The first two of these to codes, k's less a center; and with nothing but that."
+    coded = {"y": "*i8", "scales": "*fp32", "center": ("*fp32", "i32", "i32", 1)}
+    variants = list(qkv_prep(t))
+    for name, given, warps in (*variants[:2], variants[-1]):
+        yield "qkv_prep." + name, given | coded, warps, "STG"
 
 
 SHOWN = {"bias": ("*fp32", "i32", "i32", "i32", 1), "mask": ("*u8", "i32", 0, "i32", 1)}
@@ -237,6 +245,7 @@ def attention(module, t, d, more):
     given = {name: ("*" + t, "i32", "i32", "i32", 1) for name in ("q", "k", "v")} | {"scale": "fp32", "D": d, "DV": d}
     given |= integers("q_tokens k_samples k_tokens samples blocks group") | dict.fromkeys(("bias", "mask"))
     given |= {"PARTS": module._attention.parts(d), "V_PARTS": module._attention.parts(d), "CAUSAL": 0, "index": (None,) * 4}
+    given |= dict.fromkeys(("q_scale", "k_scale"))
     return given | {"QUERIES": tiles.queries, "KEYS": tiles.keys} | more, (tiles.warps, tiles.stages)
 
 
@@ -246,6 +255,17 @@ def attention_forward(t):
     for d, more in ((72, {}), (256, {}), (128, all_of), (40, {"CAUSAL": 2, "index": (None, "*i32", "*i32", None)})):
         given, how = attention("attention_forward", t, d, more)
         yield "_kernel", pointers("o", t) | pointers("lse", "fp32") | {"SCALED": False} | given, how
+
+
+def attention_int8(t):
+    "The same of codes: theirs are rows of 72 and 40 bytes, which are not read by sixteens."
+    for name, given, how in attention_forward(t):
+        d = given["D"]
+        coded = dict.fromkeys("qk", ("*i8", "i32", "i32", "i32", 1)) | dict.fromkeys(
+            ("q_scale", "k_scale"), ("*fp32", "i32", "i32", "i32")
+        )
+        parts = importlib.import_module("diffkernels.triton._attention").parts(d, 32)
+        yield "attention_forward." + name, given | coded | {"PARTS": parts}, how, "LDG"
 
 
 def attention_backward(t):

@@ -52,82 +52,134 @@ DK_INLINE F dot(F a, F b, F c) {
 }
 DK_INLINE H halves(F v) { return narrow(v, bf16{}); }
 #endif
+// The same for 8-bit codes, four in a lane: k's + 128 by q's, less 128 times the sum of q's. Elsewhere they are widened: sums
+// of 256 products are exact in float32 too.
+#if defined(__AVX512VNNI__) || (defined(__AVX512F__) && defined(DK_EMULATE_DOTS))
+constexpr bool kQuads = true;
+typedef U Products;
+DK_INLINE F load_quads(const void* p, int64_t n) {
+    return bit_cast<F>(_mm512_maskz_loadu_epi8(n < 64 ? (1ull << n) - 1 : ~0ull, p));
+}
+DK_INLINE F whole(U sum, int32_t less) { return __builtin_convertvector(bit_cast<I>(sum) - less, F); }
+#else
+constexpr bool kQuads = false;
+typedef F Products;
+DK_INLINE F load_quads(const void*, int64_t) { return F{}; }
+DK_INLINE F whole(F sum, int32_t) { return sum; }
+DK_INLINE F dot_codes(F q, F k, F sum) { return fma(q, k, sum); }
+#endif
+#if defined(__AVX512VNNI__)
+DK_INLINE U dot_codes(U q, U k, U sum) {
+    return bit_cast<U>(_mm512_dpbusd_epi32(bit_cast<__m512i>(sum), bit_cast<__m512i>(k), bit_cast<__m512i>(q)));
+}
+#elif defined(__AVX512F__) && defined(DK_EMULATE_DOTS)
+DK_INLINE U dot_codes(U q, U k, U sum) {
+    for (int i = 0; i < 32; i += 8) sum += (k >> i & 255u) * bit_cast<U>(bit_cast<I>(q << (24 - i)) >> 24);
+    return sum;
+}
+#endif
 template <class T>
-constexpr int kInLane = kPairs<T> ? 2 : 1;  // elements in a lane
+constexpr bool kDots = kPairs<T> || (sizeof(T) == 1 && kQuads);
+template <class T, bool kDot = kDots<T>>
+constexpr int kInLane = !kDot ? 1 : 4 / static_cast<int>(sizeof(T));  // elements in a lane
 template <bool kDot>
 constexpr int kDepth = kTiles && kDot ? kTileLanes : 1;  // lanes of a product's depth are zeros up to a multiple
-DK_INLINE F splat_bits(const float* x) {
+template <class V>
+DK_INLINE V splat_bits(const float* x) {
     int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
-    return bit_cast<F>(I{} + bits);
+    return bit_cast<V>(I{} + bits);
 }
 
+// How a tile sums and what it stores: lanes of floats, or of pairs, as they come.
+template <bool kDot>
+struct Plain {
+    static constexpr bool kFinishes = false;
+    typedef F Sum;
+    DK_INLINE Plain at(int64_t, int64_t) const { return {}; }
+    DK_INLINE F step(F left, F right, F sum) const { return kDot ? dot(left, right, sum) : fma(left, right, sum); }
+    DK_INLINE F end(F sum, int, int) const { return sum; }
+};
+
 // c[r][...] = (or +=) sum over k of a(r, k) b[k][...]: a(r, k) is a[r kLine + k], or turned a[k kLine + r].
-template <int kTall, int kWide, bool kTurned, bool kAdd, bool kDot>
-__attribute__((noinline)) void tile(const float* a, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t depth) {
-    F sum[kTall][kWide] = {};
+template <int kTall, int kWide, bool kTurned, bool kAdd, class S>
+__attribute__((noinline)) void tile(const float* a, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t depth,
+                                    S how) {
+    typedef typename S::Sum V;  // what sums are is what operands are: gcc copies registers where their types differ
+    V sum[kTall][kWide] = {};
 #pragma GCC unroll 1
     for (int64_t k = 0; k < depth; ++k) {
-        F right[kWide];
+        V right[kWide];
 #pragma GCC unroll 4
-        for (int v = 0; v < kWide; ++v) right[v] = load(b + v * kLanes);
+        for (int v = 0; v < kWide; ++v) std::memcpy(&right[v], b + v * kLanes, sizeof right[v]);
 #pragma GCC unroll 12
         for (int r = 0; r < kTall; ++r) {
-            const F left = splat_bits(a + (kTurned ? r : r * kLine));
+            const V left = splat_bits<V>(a + (kTurned ? r : r * kLine));
 #pragma GCC unroll 4
-            for (int v = 0; v < kWide; ++v) sum[r][v] = kDot ? dot(left, right[v], sum[r][v]) : fma(left, right[v], sum[r][v]);
+            for (int v = 0; v < kWide; ++v) sum[r][v] = how.step(left, right[v], sum[r][v]);
         }
         a += kTurned ? kLine : 1, b += b_step;
     }
+#if defined(__AVX2__)
+    if constexpr (S::kFinishes)  // or gcc stores each sum in every step, for what is done with it after the last
+#pragma GCC unroll 12
+        for (int r = 0; r < kTall; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < kWide; ++v) asm("" : "+v"(sum[r][v]));
+#endif
 #pragma GCC unroll 12
     for (int r = 0; r < kTall; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < kWide; ++v) {
             float* const to = c + r * c_step + v * kLanes;
-            store(to, kAdd ? load(to) + sum[r][v] : sum[r][v]);
+            const F found = how.end(sum[r][v], r, v);
+            store(to, kAdd ? load(to) + found : found);
         }
 }
 
-template <int kWide, bool kTurned, bool kAdd, bool kDot>
-void tall(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t depth) {
+template <int kWide, bool kTurned, bool kAdd, class S>
+void tall(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t depth, S how) {
     constexpr int kTall = tile_rows(kWide);
-    constexpr int64_t by = kTurned ? 1 : kLine;
     int64_t r = 0;
-    for (; r + kTall <= rows; r += kTall)
-        tile<kTall, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
-    for (; r + 4 <= rows; r += 4) tile<4, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
-    for (; r + 2 <= rows; r += 2) tile<2, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
-    for (; r < rows; ++r) tile<1, kWide, kTurned, kAdd, kDot>(a + r * by, b, b_step, c + r * c_step, c_step, depth);
+    const auto some = [&](auto n) {
+        for (; r + n.value <= rows; r += n.value)
+            tile<n.value, kWide, kTurned, kAdd>(a + r * (kTurned ? 1 : kLine), b, b_step, c + r * c_step, c_step, depth,
+                                                how.at(r, 0));
+    };
+    some(std::integral_constant<int, kTall>{});
+    some(std::integral_constant<int, 4>{});
+    some(std::integral_constant<int, 2>{});
+    some(std::integral_constant<int, 1>{});
 }
 
 // The same in matrix tiles: whole ones of rows and of depth, b's one behind the other, b_next from column to column.
-template <bool kAdd, int kTall>
+template <bool kBytes, bool kAdd, int kTall>
 __attribute__((noinline)) void tiled(const float* a, const float* b, int64_t b_next, float* c, int64_t c_step, int64_t wide,
                                      int64_t depth) {
     for (; wide > 1; wide -= 2, b += 2 * b_next, c += 2 * kLanes)
-        square<false, kAdd, kTall, 2>(a, kLine, b, kTileLanes, b_next, c, c_step, depth);
-    if (wide > 0) square<false, kAdd, kTall, 1>(a, kLine, b, kTileLanes, b_next, c, c_step, depth);
+        square<kBytes, kAdd, kTall, 2>(a, kLine, b, kTileLanes, b_next, c, c_step, depth);
+    if (wide > 0) square<kBytes, kAdd, kTall, 1>(a, kLine, b, kTileLanes, b_next, c, c_step, depth);
 }
-template <bool kAdd>
+template <bool kBytes, bool kAdd>
 void tiled(const float* a, int64_t rows, const float* b, int64_t b_next, float* c, int64_t c_step, int64_t wide,
            int64_t depth) {
-    if (rows > kTileRows) return tiled<kAdd, 2>(a, b, b_next, c, c_step, wide, depth);
-    tiled<kAdd, 1>(a, b, b_next, c, c_step, wide, depth);
+    if (rows > kTileRows) return tiled<kBytes, kAdd, 2>(a, b, b_next, c, c_step, wide, depth);
+    tiled<kBytes, kAdd, 1>(a, b, b_next, c, c_step, wide, depth);
 }
 
 // `wide` vectors of columns.
-template <bool kTurned, bool kAdd, bool kDot = false>
+template <bool kTurned, bool kAdd, class S = Plain<false>>
 void product(const float* a, int64_t rows, const float* b, int64_t b_step, float* c, int64_t c_step, int64_t wide,
-             int64_t depth) {
-    while (wide > 0) {
+             int64_t depth, S how = {}) {
+    for (int64_t done = 0; wide > 0;) {
         int64_t w = wide < kTileVectors ? wide : kTileVectors;
         if (wide == kTileVectors + 1 || wide == kTileVectors + 2) w = (wide + 1) / 2;  // 5 as 3 and 2
-        if (w == 1) tall<1, kTurned, kAdd, kDot>(a, rows, b, b_step, c, c_step, depth);
-        if (w == 2) tall<2, kTurned, kAdd, kDot>(a, rows, b, b_step, c, c_step, depth);
-        if (w == 3) tall<3, kTurned, kAdd, kDot>(a, rows, b, b_step, c, c_step, depth);
+        if (w == 1) tall<1, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth, how.at(0, done));
+        if (w == 2) tall<2, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth, how.at(0, done));
+        if (w == 3) tall<3, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth, how.at(0, done));
         if constexpr (kTileVectors > 3)
-            if (w == 4) tall<4, kTurned, kAdd, kDot>(a, rows, b, b_step, c, c_step, depth);
-        b += w * kLanes, c += w * kLanes, wide -= w;
+            if (w == 4) tall<4, kTurned, kAdd>(a, rows, b, b_step, c, c_step, depth, how.at(0, done));
+        b += w * kLanes, c += w * kLanes, wide -= w, done += w * kLanes;
     }
 }
 
@@ -217,20 +269,45 @@ DK_INLINE F some(const T* p, int64_t step, int n) {  // n elements, the rest zer
     return step == 1 ? n >= kLanes ? load(p) : load(p, n) : gather(p, step, n < kLanes ? n : kLanes);
 }
 
+DK_INLINE F some(const int8_t* p, int64_t step, int n) {  // codes, widened
+    int8_t codes[kLanes] = {};
+    if (step == 1 && n >= kLanes)
+        std::memcpy(codes, p, sizeof codes);
+    else
+        for (int i = 0; i < n && i < kLanes; ++i) codes[i] = p[i * step];
+#if defined(__AVX512F__)
+    __m128i lanes;
+    std::memcpy(&lanes, codes, sizeof lanes);
+    return __builtin_convertvector(bit_cast<I>(_mm512_cvtepi8_epi32(lanes)), F);
+#elif defined(__AVX2__)
+    __m128i lanes{};
+    std::memcpy(&lanes, codes, sizeof codes);
+    return __builtin_convertvector(bit_cast<I>(_mm256_cvtepi8_epi32(lanes)), F);
+#else
+    F found;
+    for (int i = 0; i < kLanes; ++i) found[i] = codes[i];
+    return found;
+#endif
+}
+
 // Tokens are often a page apart, where no prefetcher follows.
 template <class T>
 DK_INLINE void fetch(const T* token, int64_t token_step, int64_t tokens, int64_t ahead, int64_t elements) {
     if (ahead < tokens) prefetch(token + ahead * token_step, elements * sizeof(T));
 }
 
-// The next lanes of a row that has n elements more: widened, or as pairs; zero beyond.
+// The next lanes of a row that has n elements more: widened, or as pairs or quads; zero beyond.
 template <bool kDot, class T>
 DK_INLINE F lanes(const T* p, int64_t step, int64_t n) {
     if constexpr (kDot) {
-        if (step == 1) return load_pairs(p, n);
-        T pairs[2 * kLanes] = {};
-        for (int64_t i = 0; i < 2 * kLanes && i < n; ++i) pairs[i] = p[i * step];
-        return load_pairs(pairs, 2 * kLanes);
+        constexpr int64_t all = kInLane<T, true> * kLanes;
+        const auto from = [&](const T* at, int64_t left) {
+            return sizeof(T) == 1 ? load_quads(at, left) : load_pairs(at, left);
+        };
+        if (step == 1) return from(p, n);
+        T near[all] = {};
+        for (int64_t i = 0; i < all && i < n; ++i) near[i] = p[i * step];
+        return from(near, all);
     } else {
         return some(p, step, static_cast<int>(n));
     }
@@ -239,7 +316,7 @@ DK_INLINE F lanes(const T* p, int64_t step, int64_t n) {
 // Rows of a tensor [B, S, H, D]: to[token][lane of columns], whole vectors.
 template <bool kDot, class T>
 void pack_rows(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to, int64_t to_step) {
-    constexpr int64_t in_lane = kDot ? 2 : 1;
+    constexpr int64_t in_lane = kInLane<T, kDot>;
     for (int64_t t = 0; t < tokens; ++t) {
         fetch(from + t * token_step, token_step, tokens - t, 16, columns * step);
         for (int64_t i = 0; i < columns; i += in_lane * kLanes)
@@ -267,10 +344,10 @@ void pack_pairs(const T* from, int64_t token_step, int64_t step, int64_t tokens,
 }
 
 // Rows turned: panels of kPanel tokens, to[panel][lane of columns][token]; whole vectors, the last token where there are no
-// more.
+// more. Of codes in quads code + 128.
 template <bool kDot, int kPanel = dk::kPanel, class T>
 void pack_turned(const T* from, int64_t token_step, int64_t step, int64_t tokens, int64_t columns, float* to) {
-    constexpr int64_t in_lane = kDot ? 2 : 1;
+    constexpr int64_t in_lane = kInLane<T, kDot>;
     const int64_t all = round_up((columns + in_lane - 1) / in_lane, kDepth<kDot>);
     for (int64_t t = 0; t < tokens; t += kLanes) {
         float* const panel = to + t / kPanel * kPanel * all + t % kPanel;
@@ -283,6 +360,7 @@ void pack_turned(const T* from, int64_t token_step, int64_t step, int64_t tokens
             for (int r = 0; r < kLanes; ++r) {
                 const T* const row = from + (t + (r < here ? r : here - 1)) * token_step;
                 square[r] = lanes<kDot>(row + i * in_lane * step, step, columns - i * in_lane);
+                if constexpr (in_lane == 4) square[r] = bit_cast<F>(bit_cast<U>(square[r]) ^ 0x80808080u);
             }
             turn(square);
 #pragma GCC unroll 16

@@ -1,17 +1,18 @@
-// y = rotate(norm(x + bias) * weight + shift) of q and k; v + bias
+// y = rotate(norm(x + bias) * weight + shift) of q and k; v + bias. qkv_quantize: 8-bit codes of q and k, and a scale a row.
 //
 // Idea: a token at a time, all of its heads of q, k and v, which lie side by side in a packed projection; its row of the
 // tables is spread once and serves them all. A head is walked up to three times in the first cache: for its mean, for the
-// squares about it, for y. Biases and weights are copied to float32 once a call. Takes: q, k and v float32, float16 or
-// bfloat16, alike; biases, weights and shifts of any of these; any strides; R up to 1024. Floor: a read and a write of each.
-// Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/qkv_prep.cpp
+// squares about it, for y; which codes are made of in a line of its own. Biases and weights are copied to float32 once a call.
+// Takes: q, k and v float32, float16 or bfloat16, alike; biases, weights and shifts of any of these; any strides; R up to 1024.
+// Floor: a read and a write of each. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/qkv_prep.cpp
 #include "../qkv.h"
-#include "norm.h"
+#include "quantize.h"
 
 namespace dk {
 namespace {
 
 constexpr int64_t kTable = 1024;  // columns of a head that may be rotated
+constexpr int64_t kCoded = 256;   // columns of a head that codes are made of
 constexpr int kAhead = 8;         // heads whose statistics are found together
 
 // cos and sin of a token as the walk over a head meets them. Interleaved: each twice, sin as -sin, sin.
@@ -21,7 +22,7 @@ struct Table {
 
 // What a walk wants of q, k or v besides x; nullptr where there is none.
 struct Vectors {
-    const float *bias, *weight, *shift;
+    const float *bias, *weight, *shift, *less;
 };
 
 DK_INLINE int64_t room(const Optional& v) { return v && v.ndim == 1 ? v.shape[0] + kLanes : 0; }
@@ -59,6 +60,21 @@ void spread(const Qkv& c, int64_t sample, int64_t token, Table& table) {
     }
 }
 
+// The same of [(B,) H, D].
+DK_INLINE int64_t room_of_all(const Optional& v) { return v ? v.numel() + kLanes : 0; }
+const float* copied_all(const Optional& v, float*& to) {
+    if (!v) return nullptr;
+    const float *const found = to, *const from = static_cast<const float*>(v.data);
+    const int64_t columns = v.size(-1), heads = v.size(-2), rows = columns ? v.numel() / columns : 0;
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* const row = from + (v.ndim == 3 ? r / heads * v.stride[0] : 0) + r % heads * v.step(-2);
+        for (int64_t i = 0; i < columns; i += kLanes)
+            store(to + r * columns + i, gather(row + i * v.step(-1), v.step(-1), columns - i < kLanes ? columns - i : kLanes));
+    }
+    to += room_of_all(v);
+    return found;
+}
+
 // f(i, n) for columns i.. of [begin, end), n of them: kLanes, but for the last.
 template <class G>
 DK_INLINE void walk(int64_t begin, int64_t end, G f) {
@@ -91,27 +107,63 @@ struct Head {
     }
 };
 
-// All heads of a token of q, k or v.
-template <class T, bool kUnit>
+// Where a head's results go: a row of memory; or a line, and codes of it once all of them are there.
+template <class T>
+struct Result {
+    T* to;
+    DK_INLINE Result(const Part& p, int64_t row, const float*, bool, float*) : to(static_cast<T*>(p.y) + row * p.columns()) {}
+    DK_INLINE void put(int64_t i, int n, F v) { n == kLanes ? store(to + i, v) : store(to + i, v, n); }
+    DK_INLINE void end() const {}
+};
+template <>
+struct Result<int8_t> {
+    Codes codes{};
+    Line<float> of;
+    const float* const less;
+    const int64_t row;
+    const bool half;
+    DK_INLINE Result(const Part& p, int64_t r, const float* from, bool apart, float* line)
+        : of(codes, line), less(from), row(r), half(apart) {
+        codes.codes = static_cast<int8_t*>(p.y), codes.scales = p.scale, codes.norm = 1, codes.columns = p.columns();
+    }
+    DK_INLINE void put(int64_t i, int n, F v) {
+        if (less) v -= load(less + i);
+        if (n < kLanes) v = first(v, n);
+        if (half && n < kLanes)
+            store(of.at + i, v, n);  // behind is the other half
+        else
+            store(of.at + i, v);
+        of.lo = larger(magnitude(v), of.lo);
+    }
+    DK_INLINE void end() const {
+        store(of.at + (codes.columns + kLanes - 1) / kLanes * kLanes, F{});  // what lies there may be subnormal: slow
+        of.code(codes, row);
+    }
+};
+
+// All heads of a token of q, k or v, to a row of Y each.
+template <class T, bool kUnit, class Y>
 struct Token {
     const Qkv& c;
     const Part& part;
     const Vectors& with;
     const T* x;
-    T* y;
+    const int64_t sample, row;  // of y, its first head's
 
-    DK_INLINE Token(const Qkv& call, const Part& p, const Vectors& v, int64_t sample, int64_t token)
+    DK_INLINE Token(const Qkv& call, const Part& p, const Vectors& v, int64_t of, int64_t token)
         : c(call),
           part(p),
           with(v),
-          x(static_cast<const T*>(p.x.data) + sample * p.x.stride[0] + token * p.x.stride[1]),
-          y(static_cast<T*>(p.y) + (sample * p.tokens() + token) * p.heads() * p.columns()) {}
+          x(static_cast<const T*>(p.x.data) + of * p.x.stride[0] + token * p.x.stride[1]),
+          sample(of),
+          row((of * p.tokens() + token) * p.heads()) {}
 
     DK_INLINE Head<T, kUnit> head(int64_t h) const {
         const int64_t from = h * part.columns(), affine = c.across ? from : 0;
         const auto past = [](const float* p, int64_t n) __attribute__((always_inline)) { return p ? p + n : p; };
         return {x + h * part.x.stride[2], part.x.stride[3],
-                Vectors{past(with.bias, from), past(with.weight, affine), past(with.shift, affine)}};
+                Vectors{past(with.bias, from), past(with.weight, affine), past(with.shift, affine),
+                        past(with.less, (part.less.ndim == 3 ? sample * part.heads() : 0) * part.columns() + from)}};
     }
 
     // The sums over `heads` of them of x + bias - center, and of its squares.
@@ -150,6 +202,7 @@ struct Token {
         const int64_t columns = part.columns(), half = part.main ? c.half : 0;
         const bool norm = part.main && c.norm;
         Normed of[kAhead];
+        [[maybe_unused]] alignas(64) float line[kCoded + kPair];
         if (norm && c.across) {
             const Normed all = moments(0, part.heads());
             for (Normed& m : of) m = all;
@@ -159,9 +212,8 @@ struct Token {
                 for (int64_t k = 0; k < kAhead && h + k < part.heads(); ++k) of[k] = moments(h + k, 1);
             Head<T, kUnit> from = head(h);
             from.m = of[h % kAhead];
-            T* const to = y + h * columns;
-            const auto put = [&](int64_t i, int n, F v)
-                                 __attribute__((always_inline)) { n == kLanes ? store(to + i, v) : store(to + i, v, n); };
+            Result<Y> to(part, row + h, from.with.less, c.apart, line);
+            const auto put = [&](int64_t i, int n, F v) __attribute__((always_inline)) { to.put(i, n, v); };
             if (c.apart)
                 walk(0, half, [&](int64_t i, int n) __attribute__((always_inline)) {
                     const F a = from.normed(i, n), b = from.normed(i + half, n);
@@ -175,19 +227,22 @@ struct Token {
                     put(i, n, fma(v, load(table.cos + i), product(swapped<1>(v), load(table.sin + i))));
                 });
             walk(2 * half, columns, [&](int64_t i, int n) __attribute__((always_inline)) { put(i, n, from.normed(i, n)); });
+            to.end();
         }
     }
 };
 
-// Tokens [begin, end) of all samples, each of up to `tokens`.
-template <class T, bool kUnit>
+// Tokens [begin, end) of all samples, each of up to `tokens`. Y: what q and k become.
+template <class T, bool kUnit, class Y>
 __attribute__((noinline)) void run(const Qkv& c, const Vectors* with, int64_t tokens, int64_t begin, int64_t end) {
     Table table;
     for (int64_t r = begin; r < end; ++r) {
         const int64_t sample = r / tokens, token = r - sample * tokens;
         if (c.half) spread(c, sample, token, table);
-        for (int i = 0; i < c.count; ++i)
-            if (token < c.parts[i].tokens()) Token<T, kUnit>(c, c.parts[i], with[i], sample, token).prepare(table);
+        for (int i = 0; i < 2; ++i)
+            if (token < c.parts[i].tokens()) Token<T, kUnit, Y>(c, c.parts[i], with[i], sample, token).prepare(table);
+        if (c.count == 3 && token < c.parts[2].tokens())
+            Token<T, kUnit, T>(c, c.parts[2], with[2], sample, token).prepare(table);
     }
 }
 
@@ -198,13 +253,9 @@ int64_t bytes(Stream, Views, View, View, Optional, Optional q_bias, Optional k_b
     return n * static_cast<int64_t>(sizeof(float));
 }
 
-Refusal qkv_prep(Stream stream, Views out, View q, View k, Optional v, Optional q_bias, Optional k_bias, Optional v_bias,
-                 Optional q_weight, Optional k_weight, Optional q_shift, Optional k_shift, Optional cos, Optional sin,
-                 Text rope, Text norm, bool across, double eps) {
-    Qkv c{};
-    if (Refusal why = describe(c, out, q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope,
-                               norm, across, eps))
-        return why;
+// A call that has been described, in scratch of that size.
+template <bool kCodes>
+Refusal prepare(const Qkv& c, void* scratch) {
     if (2 * c.half > kTable) return "cos and sin: more than 512 columns";
     bool unit = true;
     int64_t tokens = 0, elements = 0;
@@ -214,24 +265,65 @@ Refusal qkv_prep(Stream stream, Views out, View q, View k, Optional v, Optional 
         tokens = p.tokens() > tokens ? p.tokens() : tokens;
         elements += p.heads() * p.columns();
     }
-    if (q.shape[0] * tokens * elements == 0) return nullptr;
-    return for_value(Floats{}, q.dtype, "q: not float32, float16 or bfloat16", [&](auto tag) {
+    const int64_t samples = c.parts[0].x.shape[0];
+    if (samples * tokens * elements == 0) return nullptr;
+    return for_value(Floats{}, c.parts[0].x.dtype, "q: not float32, float16 or bfloat16", [&](auto tag) {
         using T = typename TypeOf<decltype(tag)::value>::type;
         return for_bool(unit, [&](auto is_unit) -> Refusal {
-            auto* to = static_cast<float*>(stream.scratch);
+            auto* to = static_cast<float*>(scratch);
             Vectors with[3] = {};
-            for (int i = 0; i < c.count; ++i)
-                with[i] = {copied(c.parts[i].bias, to), copied(c.parts[i].weight, to), copied(c.parts[i].shift, to)};
-            auto body = [&](int64_t begin, int64_t end) { run<T, decltype(is_unit)::value>(c, with, tokens, begin, end); };
-            parallel_for(q.shape[0] * tokens, row_grain(elements), body);
+            for (int i = 0; i < c.count; ++i) {
+                const Part& p = c.parts[i];
+                with[i] = {copied(p.bias, to), copied(p.weight, to), copied(p.shift, to), copied_all(p.less, to)};
+            }
+            auto body = [&](int64_t begin, int64_t end) {
+                run<T, decltype(is_unit)::value, std::conditional_t<kCodes, int8_t, T>>(c, with, tokens, begin, end);
+            };
+            parallel_for(samples * tokens, row_grain(elements), body);
             return nullptr;
         });
     });
 }
 
+Refusal qkv_prep(Stream stream, Views out, View q, View k, Optional v, Optional q_bias, Optional k_bias, Optional v_bias,
+                 Optional q_weight, Optional k_weight, Optional q_shift, Optional k_shift, Optional cos, Optional sin,
+                 Text rope, Text norm, bool across, double eps) {
+    Qkv c{};
+    if (Refusal why = describe(c, out, q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope,
+                               norm, across, eps))
+        return why;
+    return prepare<false>(c, stream.scratch);
+}
+
+int64_t bytes_of_codes(Stream stream, Views out, View q, View k, Optional v, Optional q_bias, Optional k_bias, Optional v_bias,
+                       Optional q_weight, Optional k_weight, Optional q_shift, Optional k_shift, Optional cos, Optional sin,
+                       Optional center, Text rope, Text norm, bool across, double eps) {
+    return bytes(stream, out, q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope, norm,
+                 across, eps) +
+           room_of_all(center) * static_cast<int64_t>(sizeof(float));
+}
+
+Refusal qkv_quantize(Stream stream, Views out, View q, View k, Optional v, Optional q_bias, Optional k_bias, Optional v_bias,
+                     Optional q_weight, Optional k_weight, Optional q_shift, Optional k_shift, Optional cos, Optional sin,
+                     Optional center, Text rope, Text norm, bool across, double eps) {
+    Qkv c{};
+    if (Refusal why = describe(c, out, q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope,
+                               norm, across, eps, true))
+        return why;
+    if (q.shape[3] > kCoded) return "q, k: more than 256 columns of a head";
+    if (center && (center.dtype != DType::f32 || center.ndim < 2 || center.ndim > 3 || center.size(-1) != k.shape[3] ||
+                   center.size(-2) != k.shape[2] || (center.ndim == 3 && center.shape[0] != k.shape[0])))
+        return "center: not float32 [H, D] or [B, H, D], as k has them";
+    c.parts[1].less = center;
+    return prepare<true>(c, stream.scratch);
+}
+
 }  // namespace
 }  // namespace dk
 
-using dk::qkv_prep;
+using dk::qkv_prep, dk::qkv_quantize;
 DK_ENTRY_WITH_SCRATCH(qkv_prep, "out q k v q_bias k_bias v_bias q_weight k_weight q_shift k_shift cos sin rope norm across eps",
                       dk::bytes)
+DK_ENTRY_WITH_SCRATCH(qkv_quantize,
+                      "out q k v q_bias k_bias v_bias q_weight k_weight q_shift k_shift cos sin center rope norm across eps",
+                      dk::bytes_of_codes)

@@ -32,40 +32,55 @@ DK_INLINE float largest_magnitude(I v) {
 DK_INLINE U coded(F h, F inverse) { return bit_cast<U>(product(h, inverse) + splat(0x1.8p23f)); }
 
 // The low bytes of a pair in T's order, as they lie. Said outright: gcc 12 makes a dozen instructions of a conversion.
+typedef int8_t B __attribute__((vector_size(kPair)));
 #if defined(__AVX512F__)
 template <class T>
-DK_INLINE void store_codes(int8_t* y, U lo, U hi, T) {
-    const __m128i first = _mm512_cvtepi32_epi8(bit_cast<__m512i>(lo)), second = _mm512_cvtepi32_epi8(bit_cast<__m512i>(hi));
-    std::memcpy(y, &first, sizeof first), std::memcpy(y + kLanes, &second, sizeof second);
+DK_INLINE B bytes_in_order(U lo, U hi, T) {
+    return bit_cast<B>(
+        _mm256_set_m128i(_mm512_cvtepi32_epi8(bit_cast<__m512i>(hi)), _mm512_cvtepi32_epi8(bit_cast<__m512i>(lo))));
 }
 #elif defined(__AVX2__)
 template <class T>
-DK_INLINE void store_codes(int8_t* y, U lo, U hi, T) {
+DK_INLINE B bytes_in_order(U lo, U hi, T) {
     const __m256i words = _mm256_packus_epi32(bit_cast<__m256i>(lo & 0xffu), bit_cast<__m256i>(hi & 0xffu));  // by halves
     const __m256i bytes = _mm256_packus_epi16(words, words);
     const __m256i spread = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5));
-    const __m128i found = _mm256_castsi256_si128(spread);
-    std::memcpy(y, &found, sizeof found);
+    return bit_cast<B>(_mm256_castsi256_si128(spread));
 }
 #else
 template <class T>
-DK_INLINE void store_codes(int8_t* y, U lo, U hi, T) {
-    typedef int8_t B __attribute__((vector_size(kLanes)));
-    const B first = __builtin_convertvector(lo, B), second = __builtin_convertvector(hi, B);
-    std::memcpy(y, &first, sizeof first), std::memcpy(y + kLanes, &second, sizeof second);
+DK_INLINE B bytes_in_order(U lo, U hi, T) {
+    B found;
+    typedef int8_t Half __attribute__((vector_size(kLanes)));
+    const Half halves[] = {__builtin_convertvector(lo, Half), __builtin_convertvector(hi, Half)};
+    std::memcpy(&found, halves, sizeof found);
+    return found;
 }
 #endif
-DK_INLINE void store_codes(int8_t* y, U even, U odd, bf16) {
+DK_INLINE B bytes_in_order(U even, U odd, bf16) {
     const U both = (even & 0xffu) | (odd << 8 & 0xff00u);
 #if defined(__AVX512F__)
-    const __m256i words = _mm512_cvtepi32_epi16(bit_cast<__m512i>(both));
+    return bit_cast<B>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(both)));
 #elif defined(__AVX2__)
     const __m256i halves = _mm256_packus_epi32(bit_cast<__m256i>(both), bit_cast<__m256i>(both));
-    const __m128i words = _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0b1000));
+    return bit_cast<B>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0b1000)));
 #else
-    const H words = __builtin_convertvector(both, H);
+    return bit_cast<B>(__builtin_convertvector(both, H));
 #endif
-    std::memcpy(y, &words, sizeof words);
+}
+template <class T>
+DK_INLINE void store_codes(int8_t* y, U lo, U hi, T tag) {
+    const B found = bytes_in_order(lo, hi, tag);
+    std::memcpy(y, &found, sizeof found);
+}
+template <class T>
+DK_INLINE void store_codes(int8_t* y, U lo, U hi, T tag, int n) {  // the first n
+    const B found = bytes_in_order(lo, hi, tag);
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi8(y, (1u << n) - 1, bit_cast<__m256i>(found));
+#else
+    std::memcpy(y, &found, n);
+#endif
 }
 
 // The call's outputs, and its rows by part: each part has a line in scratch, behind the line that holds `smooth`.
@@ -235,11 +250,8 @@ struct Line {
         int64_t i = 0;
         for (; i + kPair <= c.columns; i += kPair)
             store_codes(to + i, coded(load(at + i), inverse), coded(load(at + i + kLanes), inverse), T{});
-        if (const int n = static_cast<int>(c.columns - i)) {
-            int8_t last[kPair];
-            store_codes(last, coded(load(at + i), inverse), coded(load(at + i + kLanes), inverse), T{});
-            std::memcpy(to + i, last, n);
-        }
+        if (const int n = static_cast<int>(c.columns - i))
+            store_codes(to + i, coded(load(at + i), inverse), coded(load(at + i + kLanes), inverse), T{}, n);
     }
 };
 

@@ -83,7 +83,8 @@ class DiTBlock(Fusable):
         shift1, scale1, gate1, shift2, scale2, gate2 = own
         linears: tuple[Any, ...] = (self.attn.qkv, self.attn.proj, self.mlp.fc1)
         qkv, proj, fc1 = linears
-        o = attend(qkv.from_codes(ops.norm_quantize(x, scale1, shift1, **qkv.coding), x.dtype), self.attn.num_heads)
+        packed = qkv.from_codes(ops.norm_quantize(x, scale1, shift1, **qkv.coding), x.dtype)
+        o = attend(packed, self.attn.num_heads, self.attn.precision)
         x = proj.from_codes(ops.act_quantize(o, **proj.coding), x.dtype, gate1, x)
         h = fc1.from_codes(ops.norm_quantize(x, scale2, shift2, **fc1.coding), x.dtype)
         return self.mlp.activated(h, gate2, x)

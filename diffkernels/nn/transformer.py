@@ -10,16 +10,19 @@ from .fusable import Fusable, other_than, uncoded
 from .quantized import QuantizedLinear, WeightOnlyLinear
 
 
-def attend(qkv: Tensor, num_heads: int) -> Tensor:
-    """Self-attention of packed projections: [B, N, 3 D], packed as [3, heads, d], d ≤ 256, -> [B, N, D]. Scale d^-1/2."""
+def attend(qkv: Tensor, num_heads: int, precision: str | None = None) -> Tensor:
+    """Self-attention of packed projections: [B, N, 3 D], packed as [3, heads, d], d ≤ 256, -> [B, N, D]. Scale d^-1/2.
+    `precision` is `ops.attention`'s."""
     b, n, d = qkv.shape
     q, k, v = qkv.view(b, n, 3, num_heads, d // (3 * num_heads)).unbind(2)  # views: the op reads strides
-    o = ops.attention(q, k, v)
+    o = ops.attention(q, k, v, precision=precision)
     return o.view(b, n, d // 3)
 
 
 class Attention(nn.Module):
-    """Self-attention, [B, N, D] -> [B, N, D]: see `attend`. Parameters: qkv, proj."""
+    """Self-attention, [B, N, D] -> [B, N, D]: see `attend`. Parameters: qkv, proj. `precision` may be set to "int8"."""
+
+    precision: str | None = None
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -28,7 +31,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attend(self.qkv(x), self.num_heads))
+        return self.proj(attend(self.qkv(x), self.num_heads, self.precision))
 
 
 class Mlp(Fusable):

@@ -1,8 +1,10 @@
 """The ops. Each is a Python function whose body is its definition; kernels on faster rungs do the same, in one pass."""
 
 from .act_quantize import act_quantize
-from .attention import attention, attention_forward
+from .attention import attention
 from .attention_backward import attention_backward
+from .attention_forward import attention_forward
+from .attention_int8 import attention_int8
 from .conv2d_w8a8 import conv2d_w8a8
 from .decode_attention import decode_attention
 from .depthwise_conv2d import depthwise_conv2d
@@ -16,6 +18,7 @@ from .norm_backward import norm_backward
 from .norm_modulate import norm_modulate
 from .norm_quantize import norm_quantize
 from .qkv_prep import qkv_prep
+from .qkv_quantize import qkv_quantize
 from .row_abs_quantile import row_abs_quantile
 from .row_covariance import row_covariance
 from .slice_moments import slice_moments
@@ -27,6 +30,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_forward",
+    "attention_int8",
     "code_w4",
     "conv2d_w8a8",
     "decode_attention",
@@ -43,6 +47,7 @@ __all__ = [
     "pack_w4",
     "pack_w8",
     "qkv_prep",
+    "qkv_quantize",
     "row_abs_quantile",
     "row_covariance",
     "slice_moments",

@@ -17,12 +17,16 @@ MAX_HEAD = 256
 ROOM = 1 << 26  # scores that the definition holds at a time
 
 
-def check(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale):  # type: ignore[no-untyped-def]
-    """Raises TypeError or ValueError; and IndexError for what index tensors hold, where they can be read: on a CPU."""
+def check(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale, coded=False):  # type: ignore[no-untyped-def]
+    """Raises TypeError or ValueError; and IndexError for what index tensors hold, where they can be read: on a CPU. `coded`:
+    q and k are codes."""
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dtype not in FLOATS:
+        if coded and name != "v":
+            if t.dtype != torch.int8:
+                raise TypeError(f"{name}: expected int8, got {t.dtype}")
+        elif t.dtype not in FLOATS:
             raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
-        if t.dtype != q.dtype:
+        elif not coded and t.dtype != q.dtype:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {t.dtype}")
         if t.ndim != 4:
             raise ValueError(f"{name}: expected [B, S, H, D], got shape {list(t.shape)}")

@@ -1,11 +1,13 @@
-"""What surrounds `qkv_prep`'s definition: the arguments' check, the cases, the fuzz."""
+"""What `qkv_prep` and `qkv_quantize` share: the arithmetic, the arguments' check, the cases, the fuzz."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .._case import Case
+from . import _norm, _rope
 from ._norm import FLOATS
 from ._rope import ROPES
 
@@ -67,6 +69,28 @@ def _check_table(q, k, cos, sin):  # type: ignore[no-untyped-def]
             raise ValueError(f"{name}: expected None where k has another length than q, {k.shape[1]} and {s}")
     if cos is not None and sin.shape != cos.shape:
         raise ValueError(f"sin: expected cos's shape {list(cos.shape)}, got {list(sin.shape)}")
+
+
+def biased(t: Tensor, bias: Tensor | None) -> Tensor:
+    h = _norm.widen(t)
+    return h if bias is None else h + bias.to(h.dtype).view(t.shape[2:])
+
+
+def _normed(h: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str, across: bool, eps: float) -> Tensor:
+    if norm == "none":
+        return h
+    rows, ms = _norm.centred(h.flatten(2) if across else h, norm)
+    rows = rows * torch.rsqrt(ms + eps)
+    if weight is not None:
+        rows = rows * weight.to(h.dtype)
+    if shift is not None:
+        rows = rows + shift.to(h.dtype)
+    return rows.view(h.shape)
+
+
+def prepared(t, bias, weight, shift, cos, sin, rope, norm, across, eps):  # type: ignore[no-untyped-def]
+    """What becomes of q or k, wide."""
+    return _rope.rotated(_normed(biased(t, bias), weight, shift, norm, across, eps), cos, sin, rope)
 
 
 def _packed(draw, b, s, h, d, *, table=0, weight=False, value=False, **more):  # type: ignore[no-untyped-def]
@@ -176,8 +200,14 @@ CASES = [
 ]  # fmt: skip
 
 
-def fuzz(draw, pick):  # type: ignore[no-untyped-def]
-    b, s, h, hk, d = pick.size(3, 0), pick.size(40, 0), pick.size(5), pick.size(3), pick.choice((64, 72, 128, pick.size(300)))
+def fuzz(draw, pick, widest=300):  # type: ignore[no-untyped-def]
+    b, s, h, hk, d = (
+        pick.size(3, 0),
+        pick.size(40, 0),
+        pick.size(5),
+        pick.size(3),
+        pick.choice((64, 72, 128, pick.size(widest))),
+    )
     sk = s if pick.random() < 0.8 else pick.size(40, 0)
     norm, across, value = pick.choice(NORMS), pick.random() < 0.3, pick.random() < 0.5
     given = {"q": draw(b, s, h, d), "k": draw(b, sk, hk, d), "v": draw(b, sk, hk, pick.size(80)) if value else None}

@@ -5,88 +5,43 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .._case import Case
-from .._op import op
 from . import _attention
-from .attention_backward import attention_backward
-from .norm_backward import bits, unpack
+from .attention_forward import attention_forward
+from .attention_int8 import attention_int8
+from .qkv_quantize import qkv_quantize
+
+SAMPLED = 64  # keys, about, whose mean is taken off all: any vector may be
 
 
-def _check(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale):  # type: ignore[no-untyped-def]
+def _center(k: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """[B, Hk, D]: about the mean of a sample's keys, in k's wide dtype; zeros where there are none."""
+    step = max(1, k.shape[1] // SAMPLED)
+    some = k[:, ::step].to(torch.promote_types(k.dtype, torch.float32))
+    if key_lengths is None:
+        return some.mean(1) if some.shape[1] else some.sum(1)
+    held = torch.arange(0, k.shape[1], step, device=k.device) < key_lengths.unsqueeze(1)
+    return some.masked_fill(~held[:, :, None, None], 0).sum(1) / held.sum(1).clamp(min=1)[:, None, None]
+
+
+def _coded(t: Tensor, center: Tensor | None = None) -> list[Tensor]:
+    """Codes and their scales: q and k may differ in batch, which one call of `qkv_quantize` does not take."""
+    return qkv_quantize(t[:, :0], t, center=center)[2:]
+
+
+def _in_8_bits(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale, lse):  # type: ignore[no-untyped-def]
+    """[o, lse] by `qkv_quantize` and `attention_int8`."""
     _attention.check(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)
-
-
-def _allocate(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale):  # type: ignore[no-untyped-def]
-    b, s, h, _ = q.shape
-    return [q.new_empty((b, s, h, v.shape[3])), q.new_empty((b, h, s), dtype=torch.promote_types(q.dtype, torch.float32))]
-
-
-def _eager(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale):  # type: ignore[no-untyped-def]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal == "top-left", scale=scale).transpose(1, 2)
-
-
-def _flops(b, h, sq, sk, d):  # type: ignore[no-untyped-def]
-    return 4 * b * h * sq * sk * d
-
-
-@op(
-    allocate=_allocate,
-    check=_check,
-    fuzz=_attention.fuzz,
-    c=2.0,
-    cases=[
-        *_attention.CASES,
-        *(
-            Case(name, _attention.dense, shape, model, _eager, _flops, backward=name in _attention.TRAINED)
-            for name, shape, model in _attention.MODELS
-        ),
-    ],
-)
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    kv_index: Tensor | None,
-    causal: str,
-    scale: float,
-) -> list[Tensor]:
-    """What `attention` runs: arguments as there, but a mask is bool, a bias is added, and packed tensors are [1, T, H, D].
-
-    Returns:
-        [o, lse]: [B, Sq, H, Dv] of q's dtype and [B, H, Sq] float32, both contiguous.
-
-    Raises:
-        TypeError, ValueError, IndexError: as in `attention`.
-    """
-    call = _attention.spread(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal)
-    outs, sums = [], []
-    for rows in call.blocks():
-        p = call.scores(rows, causal, scale)
-        top = p.detach().amax(-1, keepdim=True) if p.shape[-1] else p.new_zeros((*p.shape[:-1], 1))
-        top = top.masked_fill(top == -torch.inf, 0)
-        p = (p - top).exp()
-        total = p.sum(-1, keepdim=True)
-        none = total == 0  # a query that sees no key
-        outs.append(p / total.masked_fill(none, 1) @ call.v)
-        sums.append((top + total.masked_fill(none, 1).log()).masked_fill(none, -torch.inf).squeeze(-1))
-    o, lse = torch.cat(outs, -2).flatten(1, 2).transpose(1, 2), torch.cat(sums, -1).flatten(1, 2)
-    return [call.marked(o).to(q.dtype), call.marked(lse)]
-
-
-@attention_forward.op.backward(outputs=True)  # type: ignore[attr-defined]
-def _backward(inputs, outputs, grads, wanted):  # type: ignore[no-untyped-def]
-    grad = torch.zeros_like(outputs[0]) if grads[0] is None else grads[0]
-    found = attention_backward(grad, grads[1], *inputs[:3], *outputs, *inputs[3:], bits(wanted[:4]))
-    return (*unpack(found, wanted[:4]), *[None] * 7)
+    # Where samples share keys of different lengths, none of them says which keys there are.
+    center = None if kv_index is not None and key_lengths is not None else _center(k, key_lengths)
+    rest = (bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)
+    o, sums = attention_int8(*_coded(q), *_coded(k, center), v, *rest)
+    if lse and center is not None:  # what was taken off the keys is missing in the scores
+        off = center if kv_index is None else center[kv_index.long()]
+        off = off.repeat_interleave(q.shape[2] // k.shape[2], 1)
+        sums = sums + scale * torch.einsum("bshd,bhd->bhs", q.to(off.dtype), off)
+    return o, sums
 
 
 @overload
@@ -104,6 +59,7 @@ def attention(
     cu_k: Tensor | None = ...,
     kv_index: Tensor | None = ...,
     lse: Literal[False] = ...,
+    precision: str | None = ...,
 ) -> Tensor: ...
 @overload
 def attention(
@@ -120,6 +76,7 @@ def attention(
     cu_k: Tensor | None = ...,
     kv_index: Tensor | None = ...,
     lse: Literal[True],
+    precision: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
@@ -135,6 +92,7 @@ def attention(
     cu_k: Tensor | None = None,
     kv_index: Tensor | None = None,
     lse: bool = False,
+    precision: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q kᵀ · scale + bias) v, without the matrix of scores. Differentiable, lse too; deterministic.
 
@@ -151,6 +109,8 @@ def attention(
         cu_q, cu_k: [N + 1] int32, rising from 0 to T: N sequences, packed as [T, H, D] (or [1, T, H, D]) each.
         kv_index: [B] int32: sample b reads row kv_index[b] of k and v, whose batch may be another (UniCon's joint attention).
         lse: also return the logarithm of the sums of exponentials.
+        precision: None, or "int8": q and k, less about its mean, are rounded to 8-bit codes with a scale a row (token and head)
+            and multiplied as integers; the rest is as without. A relative error of 1 % or so, and no gradient.
 
     Returns:
         o: q's shape with Dv columns, of q's dtype, contiguous; and with `lse` [B, H, Sq] ([H, T] for [T, H, D]), float32. A
@@ -160,9 +120,9 @@ def attention(
     Raises:
         TypeError, ValueError: dtype, shape or value outside of the above. IndexError: what cu_q, cu_k, key_lengths or kv_index
             hold, on a CPU. On a GPU, a sample with a bad key_lengths or kv_index is NaN; bad cu_q, cu_k are never read beyond
-            q, k, v, but the result is unspecified.
+            q, k, v, but the result is unspecified. RuntimeError: precision="int8", and a gradient is wanted.
 
-    Source: Vaswani et al. 2017; computed as by Dao 2023 (FlashAttention-2).
+    Source: Vaswani et al. 2017; computed as by Dao 2023 (FlashAttention-2); "int8" after Zhang et al. 2024 (SageAttention).
     """
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         if bias is not None:
@@ -175,7 +135,13 @@ def attention(
     flat = cu_q is not None and all(isinstance(t, Tensor) and t.ndim == 3 for t in (q, k, v))
     if flat:
         q, k, v = q[None], k[None], v[None]
-    o, sums = attention_forward(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)
+    rest = (bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)
+    if precision is None:
+        o, sums = attention_forward(q, k, v, *rest)
+    elif precision == "int8":
+        o, sums = _in_8_bits(q, k, v, *rest, lse=lse)
+    else:
+        raise ValueError(f"precision: expected None or 'int8', got {precision!r}")
     if flat:
         o, sums = o[0], sums[0]
     return (o, sums) if lse else o

@@ -44,7 +44,7 @@ def _allocate(  # type: ignore[no-untyped-def]
 
 def _given(draw, args, wanted):  # type: ignore[no-untyped-def]
     """The arguments of a backward call, from those of a forward one: o and lse are the definition's."""
-    from .attention import attention_forward  # it stands on this op
+    from .attention_forward import attention_forward  # it stands on this op
 
     o, lse = attention_forward.op.body(*args.values())  # type: ignore[attr-defined]
     rest = dict(list(args.items())[3:])

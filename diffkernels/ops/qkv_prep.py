@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._op import empty_like, op
-from . import _norm, _qkv, _rope
+from . import _qkv
 
 
 def _check(q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope, norm, across, eps):  # type: ignore[no-untyped-def]
@@ -15,23 +14,6 @@ def _check(q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift
 
 def _allocate(q, k, v, q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift, cos, sin, rope, norm, across, eps):  # type: ignore[no-untyped-def]
     return [empty_like(t) for t in (q, k, v) if t is not None]
-
-
-def _biased(t: Tensor, bias: Tensor | None) -> Tensor:
-    h = _norm.widen(t)
-    return h if bias is None else h + bias.to(h.dtype).view(t.shape[2:])
-
-
-def _normed(h: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str, across: bool, eps: float) -> Tensor:
-    if norm == "none":
-        return h
-    rows, ms = _norm.centred(h.flatten(2) if across else h, norm)
-    rows = rows * torch.rsqrt(ms + eps)
-    if weight is not None:
-        rows = rows * weight.to(h.dtype)
-    if shift is not None:
-        rows = rows + shift.to(h.dtype)
-    return rows.view(h.shape)
 
 
 @op(allocate=_allocate, check=_check, fuzz=_qkv.fuzz, cases=_qkv.CASES)
@@ -81,6 +63,6 @@ def qkv_prep(
     """
     found = []
     for t, bias, weight, shift in ((q, q_bias, q_weight, q_shift), (k, k_bias, k_weight, k_shift)):
-        h = _rope.rotated(_normed(_biased(t, bias), weight, shift, norm, across, eps), cos, sin, rope)
+        h = _qkv.prepared(t, bias, weight, shift, cos, sin, rope, norm, across, eps)
         found.append(h.to(t.dtype, copy=True))  # never an input itself
-    return found if v is None else [*found, _biased(v, v_bias).to(v.dtype, copy=True)]
+    return found if v is None else [*found, _qkv.biased(v, v_bias).to(v.dtype, copy=True)]

@@ -113,7 +113,7 @@ def nothing(ROWS: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, total):
-    if INTERPRETED:  # where a product of bfloat16 is one of their bits, as integers
+    if INTERPRETED:  # where a product of bfloat16 is one of their bits, as integers; codes' are exact in float32 too
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
@@ -217,19 +217,19 @@ def widest(tables: dict[str, dict[int, Tiles]], dtype: torch.dtype, columns: int
     return tiles._replace(keys=max(16, tiles.keys // 2)) if shown else tiles
 
 
-def parts(columns: int) -> tuple[int, int]:
-    """The widths of a head's two parts; 0: there is but one. tl.dot wants 16."""
-    whole = max(16, triton.next_power_of_2(columns))
+def parts(columns: int, least: int = 16) -> tuple[int, int]:
+    """The widths of a head's two parts; 0: there is but one. tl.dot wants 16 of them, or 32 bytes."""
+    whole = max(least, triton.next_power_of_2(columns))
     half = whole // 2
-    rest = max(16, triton.next_power_of_2(max(1, columns - half)))
-    return (half, rest) if whole > 16 and half + rest < whole else (whole, 0)
+    rest = max(least, triton.next_power_of_2(max(1, columns - half)))
+    return (half, rest) if whole > least and half + rest < whole else (whole, 0)
 
 
-def refusal(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale) -> str | None:
+def refusal(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale, coded=False) -> str | None:
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         return "q, k, v: not four-dimensional"
-    if q.dtype not in FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
-        return "q, k, v: not alike, or not float32, float16 or bfloat16"
+    if v.dtype not in FLOATS or k.dtype != q.dtype or q.dtype != (torch.int8 if coded else v.dtype):
+        return "q, k, v: not alike (or q and k not int8), or not float32, float16 or bfloat16"
     if not 1 <= q.shape[3] <= 256 or not 1 <= v.shape[3] <= 256 or k.shape[3] != q.shape[3]:
         return "q, k, v: head dimension"
     if v.shape[:3] != k.shape[:3] or k.shape[2] < 1 or q.shape[2] % k.shape[2]:

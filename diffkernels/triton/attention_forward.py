@@ -2,7 +2,8 @@
 
 What a row has gathered is rescaled to its highest score so far. Exponentials are exp2((s - highest) scale log2 e), the
 difference first, so that the highest is exactly 1 however large it is; where there is a bias, or the scale turns the order
-round, scores are in units of log2 e before they are compared.
+round, scores are in units of log2 e before they are compared. `attention_int8` runs it too: of codes the products are exact
+integers, which their rows' scales make scores of.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ TILES = {
 
 @triton.jit
 def _gather(
-    held, total, top, rows,  # what the rows have gathered
-    k, v, k_at, v_at, start, end,  # from these keys
+    held, total, top, rows, row_scale,  # what the rows have gathered
+    k, v, k_scale, k_at, v_at, scale_at, start, end,  # from these keys
     bias, mask, factor, sample, head, query, queries, keys, shift,
     D: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr, V_PARTS: tl.constexpr, CAUSES: tl.constexpr, SCALED: tl.constexpr,
     EDGE: tl.constexpr, KEYS: tl.constexpr,
@@ -37,6 +38,9 @@ def _gather(
     for first in range(start, end, KEYS):
         key = first + tl.arange(0, KEYS)
         s = against(rows, tile(k_at, key, key < keys, k, D, PARTS), PARTS)
+        if k_scale is not None:
+            column_scale = tl.load(scale_at + key.to(tl.int64) * k_scale[2], mask=key < keys, other=0.0)
+            s = s.to(tl.float32) * column_scale[None, :] * row_scale[:, None]
         if SCALED:
             s = s * factor
         s = seen(s, bias, mask, LOG2E, sample, head, query[:, None], key[None, :], queries, keys, shift, EDGE, CAUSES)
@@ -49,6 +53,7 @@ def _gather(
 def _kernel(
     o, lse,  # [B, Sq, H, Dv] and [B, H, Sq], contiguous
     q, k, v,  # (data, four strides)
+    q_scale, k_scale,  # of codes: (data, three strides), or None
     bias, mask,  # the same, or None
     index,  # (key_lengths, cu_q, cu_k, kv_index), each may be None
     q_tokens, k_samples, k_tokens, samples, blocks, group, scale,
@@ -63,6 +68,11 @@ def _kernel(
     inside = query < queries
     rows = tile(line(q, q_row, q_first, head), query, inside, q, D, PARTS)
     k_at, v_at = line(k, k_row, k_first, head // group), line(v, k_row, k_first, head // group)
+    row_scale = None
+    scale_at = None
+    if k_scale is not None:
+        row_scale = tl.load(line(q_scale, q_row, q_first, head) + query.to(tl.int64) * q_scale[2], mask=inside, other=0.0)
+        scale_at = line(k_scale, k_row, k_first, head // group)
     shift = keys - queries if CAUSAL == _attention.BOTTOM_RIGHT else 0
     full, reach = keys, keys  # keys that every query of the block sees, and that one of them sees
     if CAUSAL > 0:
@@ -73,8 +83,8 @@ def _kernel(
     held, total, top = nothing(QUERIES, V_PARTS), tl.zeros([QUERIES], tl.float32), tl.full([QUERIES], float("-inf"), tl.float32)
     for EDGE in tl.static_range(2):
         held, total, top = _gather(
-            held, total, top, rows, k, v, k_at, v_at, full if EDGE else 0, reach if EDGE else full,
-            bias, mask, factor, sample, head, query, queries, keys, shift,
+            held, total, top, rows, row_scale, k, v, k_scale, k_at, v_at, scale_at,
+            full if EDGE else 0, reach if EDGE else full, bias, mask, factor, sample, head, query, queries, keys, shift,
             D, DV, PARTS, V_PARTS, CAUSAL > 0, SCALED, EDGE > 0, KEYS,
         )  # fmt: skip
     none = total == 0  # queries that see no key
@@ -86,6 +96,25 @@ def _kernel(
     at = (tl.cast(q_row, tl.int64) * q_tokens + token) * heads + head
     put(o, times(held, inverse[:, None], V_PARTS), at * DV, inside, DV, V_PARTS)
     tl.store(lse + (tl.cast(q_row, tl.int64) * heads + head) * q_tokens + token, logarithm, mask=inside)
+
+
+def attend(out, q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale, q_scale=None, k_scale=None):  # type: ignore[no-untyped-def]
+    """A call that is not refused; with scales q and k are codes."""
+    (b, queries, heads, d), (k_samples, keys, kv_heads, dv) = q.shape, v.shape
+    tiles = _attention.widest(TILES, v.dtype, max(d, dv), bias is not None or mask is not None).cut(queries, keys)
+    programs, samples, blocks = _attention.programs(cu_q, b, queries, tiles.queries)
+    if programs * heads == 0:
+        return
+    full = (b, heads, queries, keys)
+    scales = (None if t is None else (t, *t.stride()) for t in (q_scale, k_scale))
+    with torch.cuda.device_of(q):
+        _kernel[(programs, heads)](
+            *out, *map(_attention.laid, (q, k, v)), *scales, _attention.laid(bias, *full), _attention.laid(mask, *full),
+            _attention.flat(key_lengths, cu_q, cu_k, kv_index), queries, k_samples, keys, samples, blocks, heads // kv_heads,
+            scale, D=d, DV=dv, PARTS=_attention.parts(d, 16 if q_scale is None else 32), V_PARTS=_attention.parts(dv),
+            CAUSAL=_attention.CAUSAL.index(causal), SCALED=bias is not None or not 1e-30 < scale < 1e30,
+            QUERIES=tiles.queries, KEYS=tiles.keys, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
 
 
 def attention_forward(
@@ -103,21 +132,8 @@ def attention_forward(
     scale: float,
 ) -> str | None:
     """The op of that name on the Triton rung."""
-    why = _attention.refusal(q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)
-    if why is not None:
-        return why
-    (b, queries, heads, d), (k_samples, keys, kv_heads, dv) = q.shape, v.shape
-    tiles = _attention.widest(TILES, q.dtype, max(d, dv), bias is not None or mask is not None).cut(queries, keys)
-    programs, samples, blocks = _attention.programs(cu_q, b, queries, tiles.queries)
-    if programs * heads == 0:
-        return None
-    full = (b, heads, queries, keys)
-    with torch.cuda.device_of(q):
-        _kernel[(programs, heads)](
-            *out, *map(_attention.laid, (q, k, v)), _attention.laid(bias, *full), _attention.laid(mask, *full),
-            _attention.flat(key_lengths, cu_q, cu_k, kv_index), queries, k_samples, keys, samples, blocks, heads // kv_heads,
-            scale, D=d, DV=dv, PARTS=_attention.parts(d), V_PARTS=_attention.parts(dv), CAUSAL=_attention.CAUSAL.index(causal),
-            SCALED=bias is not None or not 1e-30 < scale < 1e30, QUERIES=tiles.queries, KEYS=tiles.keys,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-    return None
+    given = (q, k, v, bias, mask, key_lengths, cu_q, cu_k, kv_index, causal, scale)
+    why = _attention.refusal(*given)
+    if why is None:
+        attend(out, *given)
+    return why

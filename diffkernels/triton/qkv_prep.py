@@ -1,6 +1,7 @@
 """rotate(norm(x + bias) * weight + shift) of q and k, v + bias: one program some heads of a token, or all of them.
 
-The pairs of "interleaved" are parted in registers; those of "half" are read again, through the first cache.
+The pairs of "interleaved" are parted in registers; those of "half" are read again, through the first cache. `qkv_quantize`
+runs it too: with scales, the rows of q and k, less a center, leave as codes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..ops._qkv import NORMS, check
 from ._norm import FLOATS, warps
+from ._quantize import magnitude, put_codes, scale_of
 
 TILE = 2048  # elements that a program takes where no norm goes across more
 WIDEST = 16384  # what one program holds
@@ -45,9 +47,19 @@ def _mean(e, H, D, ACROSS: tl.constexpr):
 
 
 @triton.jit
+def _less(h, center, sample, head, column, mask):
+    """h less (data, strides of samples, heads, columns), which may be absent."""
+    if center is not None:
+        h = h - tl.load(center[0] + sample * center[1] + head * center[2] + column * center[3], mask=mask, other=0.0)
+    return h
+
+
+@triton.jit
 def _kernel(
     y,  # [B, T, H, D] contiguous
+    scales,  # of codes: [B, T, H] contiguous, or None
     x,  # (data, strides of samples, tokens, heads, columns)
+    center,  # of codes: (data, strides of samples, heads, columns), or None
     bias, weight, shift,  # contiguous, or None
     cos, sin,  # (data, strides of samples and tokens), or None
     T, H, D, half, eps,
@@ -87,15 +99,31 @@ def _kernel(
             if NORM != 0:
                 a = _affine((a - mean - rest) * rstd, weight, shift, head, i, rotated, D, ACROSS)
                 b = _affine((b - mean - rest) * rstd, weight, shift, head, i + half, rotated, D, ACROSS)
-            tl.store(y + head * D + i, (a * c - b * s).to(y.dtype.element_ty), mask=rotated)
-            tl.store(y + head * D + i + half, (b * c + a * s).to(y.dtype.element_ty), mask=rotated)
+            a, b = a * c - b * s, b * c + a * s
             mask = mask & (column >= 2 * half)
         else:
             a, b = tl.split(tl.reshape(h, [HEADS, PAIRS, 2]))
             first = tl.where(i < half, a * c - b * s, a)
             second = tl.where(i < half, b * c + a * s, b)
             h = tl.reshape(tl.join(first, second), [HEADS, BLOCK])
-    tl.store(y + head * D + column, h.to(y.dtype.element_ty), mask=mask)
+    parted: tl.constexpr = APART and cos is not None
+    if scales is None:
+        tl.store(y + head * D + column, h.to(y.dtype.element_ty), mask=mask)
+        if parted:
+            tl.store(y + head * D + i, a.to(y.dtype.element_ty), mask=rotated)
+            tl.store(y + head * D + i + half, b.to(y.dtype.element_ty), mask=rotated)
+    else:
+        h = _less(h, center, sample, head, column, mask)
+        largest = tl.max(magnitude(h, mask), axis=1)
+        if parted:
+            a, b = _less(a, center, sample, head, i, rotated), _less(b, center, sample, head, i + half, rotated)
+            largest = tl.maximum(largest, tl.max(tl.maximum(magnitude(a, rotated), magnitude(b, rotated)), axis=1))
+        code_scale, inverse = scale_of(largest[:, None], 0)
+        put_codes(y + head * D + column, h, inverse, mask)
+        if parted:
+            put_codes(y + head * D + i, a, inverse, rotated)
+            put_codes(y + head * D + i + half, b, inverse, rotated)
+        tl.store(scales + row * H + head, code_scale, mask=head < H)
 
 
 def _launch(
@@ -107,18 +135,50 @@ def _launch(
     norm: str,
     across: bool,
     eps: float,
+    scales: Tensor | None = None,
+    center: Tensor | None = None,
 ) -> None:
     b, t, h, d = x.shape
+    less = None if center is None else (center, center.stride(0) if center.ndim == 3 else 0, *center.stride()[-2:])
     half = 0 if tables[0] is None else tables[0].shape[-1]
     rows = (c if c is None else (c, c.stride(0) if c.ndim == 3 else 0, c.stride(-2)) for c in tables)
     block = triton.next_power_of_2(d)
     pairs = triton.next_power_of_2(half) if apart else block // 2
     heads = triton.next_power_of_2(h) if across and norm != "none" else min(triton.next_power_of_2(h), max(1, TILE // block))
     _kernel[(b * t, triton.cdiv(h, heads))](
-        y, (x, *x.stride()), *vectors, *rows,
+        y, scales, (x, *x.stride()), less, *vectors, *rows,
         t, h, d, half, eps, NORM=NORMS.index(norm), ACROSS=across, APART=apart, HEADS=heads, BLOCK=block, PAIRS=pairs,
         num_warps=warps(heads * block),
     )  # fmt: skip
+
+
+def refusal(q, k, v, vectors, cos, sin, rope, norm, across, eps):  # type: ignore[no-untyped-def]
+    """Why not, or None."""
+    try:
+        check(q, k, v, *vectors, cos, sin, rope, norm, across, eps)
+    except (TypeError, ValueError) as why:
+        return str(why)
+    if any(t is not None and t.dtype not in FLOATS for t in (q, *vectors, cos, sin)):
+        return "a tensor is not float32, float16 or bfloat16"
+    for t in (q, k) if v is None else (q, k, v):
+        heads = triton.next_power_of_2(t.shape[2]) if across and norm != "none" and t is not v else 1
+        if heads * triton.next_power_of_2(t.shape[3]) > WIDEST:
+            return f"more than {WIDEST} columns of a row"
+    return None
+
+
+def prepare(out, q, k, v, vectors, cos, sin, rope, norm, across, eps, scales=(None, None), center=None):  # type: ignore[no-untyped-def]
+    """A call that is not refused; `scales` are q's and k's, where out holds their codes."""
+    q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift = (t if t is None else t.contiguous() for t in vectors)
+    tables = tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
+    how = (tables, rope == "half" and cos is not None, norm, across, eps)
+    with torch.cuda.device_of(q):
+        if q.numel():
+            _launch(out[0], q, (q_bias, q_weight, q_shift), *how, scales[0])
+        if k.numel():
+            _launch(out[1], k, (k_bias, k_weight, k_shift), *how, scales[1], center)
+        if v is not None and v.numel():
+            _launch(out[2], v, (v_bias, None, None), (None, None), False, "none", False, eps)
 
 
 def qkv_prep(
@@ -142,24 +202,7 @@ def qkv_prep(
 ) -> str | None:
     """The op of that name on the Triton rung."""
     vectors = (q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift)
-    try:
-        check(q, k, v, *vectors, cos, sin, rope, norm, across, eps)
-    except (TypeError, ValueError) as why:
-        return str(why)
-    if any(t is not None and t.dtype not in FLOATS for t in (q, *vectors, cos, sin)):
-        return "a tensor is not float32, float16 or bfloat16"
-    for t in (q, k) if v is None else (q, k, v):
-        heads = triton.next_power_of_2(t.shape[2]) if across and norm != "none" and t is not v else 1
-        if heads * triton.next_power_of_2(t.shape[3]) > WIDEST:
-            return f"more than {WIDEST} columns of a row"
-    q_bias, k_bias, v_bias, q_weight, k_weight, q_shift, k_shift = (t if t is None else t.contiguous() for t in vectors)
-    tables = tuple(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
-    apart = rope == "half" and cos is not None
-    with torch.cuda.device_of(q):
-        if q.numel():
-            _launch(out[0], q, (q_bias, q_weight, q_shift), tables, apart, norm, across, eps)
-        if k.numel():
-            _launch(out[1], k, (k_bias, k_weight, k_shift), tables, apart, norm, across, eps)
-        if v is not None and v.numel():
-            _launch(out[2], v, (v_bias, None, None), (None, None), False, "none", False, eps)
-    return None
+    why = refusal(q, k, v, vectors, cos, sin, rope, norm, across, eps)
+    if why is None:
+        prepare(out, q, k, v, vectors, cos, sin, rope, norm, across, eps)
+    return why
