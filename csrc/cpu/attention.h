@@ -7,8 +7,8 @@
 #include "../attention.h"
 #include "../dispatch.h"
 #include "amx.h"
+#include "pairs.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace dk {
 namespace {
@@ -27,33 +27,8 @@ constexpr int tile_rows(int vectors) {  // as many accumulators as the registers
 
 DK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Where there is an instruction for it, a lane of a product's operands holds a pair of bfloat16, and k counts pairs.
-// DK_EMULATE_DOTS: the same without the instruction, for tests.
-#if defined(__AVX512BF16__) || (defined(__AVX512F__) && defined(DK_EMULATE_DOTS))
-template <class T>
-constexpr bool kPairs = false;
-template <>
-constexpr bool kPairs<bf16> = true;
-DK_INLINE F load_pairs(const void* p, int64_t n) {  // n elements, the rest zero
-    return bit_cast<F>(_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : ~0u, p));
-}
-#else
-template <class T>
-constexpr bool kPairs = false;
-DK_INLINE F load_pairs(const void*, int64_t) { return F{}; }
-#endif
-#if defined(__AVX512BF16__)
-DK_INLINE F dot(F a, F b, F c) { return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)); }
-DK_INLINE H halves(F v) { return bit_cast<H>(_mm512_cvtneps_pbh(v)); }
-#else
-DK_INLINE F dot(F a, F b, F c) {
-    const U x = bit_cast<U>(a), y = bit_cast<U>(b);
-    return fma(bit_cast<F>(x << 16), bit_cast<F>(y << 16), fma(bit_cast<F>(x & 0xffff0000u), bit_cast<F>(y & 0xffff0000u), c));
-}
-DK_INLINE H halves(F v) { return narrow(v, bf16{}); }
-#endif
-// The same for 8-bit codes, four in a lane: k's + 128 by q's, less 128 times the sum of q's. Elsewhere they are widened: sums
-// of 256 products are exact in float32 too.
+// The same as pairs.h for 8-bit codes, four in a lane: k's + 128 by q's, less 128 times the sum of q's. Elsewhere they are
+// widened: sums of 256 products are exact in float32 too.
 #if defined(__AVX512VNNI__) || (defined(__AVX512F__) && defined(DK_EMULATE_DOTS))
 constexpr bool kQuads = true;
 typedef U Products;

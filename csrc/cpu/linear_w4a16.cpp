@@ -2,13 +2,15 @@
 //
 // Idea: linear.h. A code of 4 bits times its group's whole scale lies in -128..112: exact in bfloat16, as its product with a
 // bfloat16 of x is in float32. A panel is unpacked to bfloat16, inputs side by side in pairs, by chunks that stay in a near
-// cache. Where x is bfloat16, matrix tiles take them so; the vector units take one half of a pair after the other, in float32.
+// cache. Where x is bfloat16, matrix tiles take them so, and vector units that multiply pairs; others take one half of a pair
+// after the other, in float32.
 // Chunks are summed apart and then together: more exact than one long sum. Of few rows unpacking would take longer than the
 // product: there codes are looked up as they are, and scales meet the sums of their groups.
 // Takes: x of any strides and any of the three floats, as y is; bias, low, up, gate and residual likewise, each of its own.
 // Floor: K multiply-adds a result; of few rows, half a byte of the weight each.
 // Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/linear_w4a16.cpp
 #include "pack_w4.h"
+#include "pairs.h"
 
 namespace dk {
 namespace {
@@ -36,9 +38,10 @@ DK_INLINE F upper(U pair) {
 
 struct Nowhere {};  // x is read as it lies
 
-// float32, through the vector units
+// Through the vector units: float32; or bfloat16, in pairs
+template <bool kPaired>
 struct Vectors {
-    using Element = float;  // of x: [tile][input][kRows]
+    using Element = std::conditional_t<kPaired, bf16, float>;  // of x: [tile][input][kRows], or [tile][pair][kRows][2]
 #if defined(__AVX512F__)
     static constexpr int kRows = 12, kFew = 4, kWidth = 2;
 #elif defined(__AVX2__)
@@ -48,42 +51,59 @@ struct Vectors {
 #endif
     static constexpr int kColumns = kWidth * kLanes;
     static constexpr bool kInTiles = false;
-    static constexpr int64_t kStep = kRows, kChunk = 128;
+    static constexpr int64_t kStep = kRows, kChunk = kPaired ? 256 : 128;
 
     static int64_t line(const Call& c) { return c.depth + c.depth % 2; }
 
     DK_INLINE static F sum(const uint32_t* p, const Known&) { return load(reinterpret_cast<const float*>(p)); }
 
-    static void lay_out(const Call& c, Nowhere, int64_t from, int64_t rows, float* to, int8_t*, Known*) {
+    static int64_t place(int64_t i) { return kPaired ? i / 2 * 2 * kRows + i % 2 : i * kRows; }
+
+    static void lay_out(const Call& c, Nowhere, int64_t from, int64_t rows, Element* to, int8_t*, Known*) {
         for (int64_t r = 0; r < (rows + kRows - 1) / kRows * kRows; ++r) {
-            float* const row = to + r / kRows * kRows * c.line + r % kRows;
-            for (int64_t i = r < rows ? c.depth : 0; i < c.line; ++i) row[i * kRows] = 0;
+            Element* const row = to + r / kRows * kRows * c.line + r % kRows * (kPaired ? 2 : 1);
+            for (int64_t i = r < rows ? c.depth : 0; i < c.line; ++i) row[place(i)] = {};
             if (r < rows)
                 each_of_row(c, from + r, [&](int64_t i, F v) __attribute__((always_inline)) {
-                    for (int l = 0; l < kLanes && i + l < c.depth; ++l) row[(i + l) * kRows] = v[l];
+                    Element near[kLanes];
+                    store(near, v);
+                    for (int l = 0; l < kLanes && i + l < c.depth; ++l) row[place(i + l)] = near[l];
                 });
         }
     }
 
     // to[kSome][kColumns] = (or +=) the sum over n inputs
     template <int kSome>
-    __attribute__((noinline)) static void run(const uint8_t* w, const float* x, int64_t n, bool add, float* to) {
+    __attribute__((noinline)) static void run(const uint8_t* w, const Element* x, int64_t n, bool add, float* to) {
         F sum[kSome][kWidth] = {};
 #pragma GCC unroll 1
         for (int64_t k = 0; k < n; k += 2, w += PackedW4::kRow, x += 2 * kRows) {
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
+            if constexpr (kPaired) {
                 F b[kWidth];
 #pragma GCC unroll 2
-                for (int v = 0; v < kWidth; ++v) {
-                    U pair;
-                    std::memcpy(&pair, w + v * sizeof pair, sizeof pair);
-                    b[v] = half ? upper(pair) : bit_cast<F>(pair << 16);
-                }
+                for (int v = 0; v < kWidth; ++v) std::memcpy(&b[v], w + v * sizeof b[v], sizeof b[v]);
 #pragma GCC unroll 12
-                for (int r = 0; r < kSome; ++r)
+                for (int r = 0; r < kSome; ++r) {
+                    uint32_t pair;
+                    std::memcpy(&pair, x + 2 * r, sizeof pair);
 #pragma GCC unroll 2
-                    for (int v = 0; v < kWidth; ++v) sum[r][v] = fma(splat(x[half * kRows + r]), b[v], sum[r][v]);
+                    for (int v = 0; v < kWidth; ++v) sum[r][v] = dot(bit_cast<F>(U{} + pair), b[v], sum[r][v]);
+                }
+            } else {
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; ++half) {
+                    F b[kWidth];
+#pragma GCC unroll 2
+                    for (int v = 0; v < kWidth; ++v) {
+                        U pair;
+                        std::memcpy(&pair, w + v * sizeof pair, sizeof pair);
+                        b[v] = half ? upper(pair) : bit_cast<F>(pair << 16);
+                    }
+#pragma GCC unroll 12
+                    for (int r = 0; r < kSome; ++r)
+#pragma GCC unroll 2
+                        for (int v = 0; v < kWidth; ++v) sum[r][v] = fma(splat(x[half * kRows + r]), b[v], sum[r][v]);
+                }
             }
         }
 #pragma GCC unroll 12
@@ -97,7 +117,8 @@ struct Vectors {
 
     // The halves of a chunk are summed apart, for the same reason as chunks are.
     template <int kSome>
-    static void multiply(const uint8_t* w, const float* x, const Call&, int64_t n, bool add, uint32_t* to, Aside&) {
+    static void multiply(const uint8_t* w, const Element* x, const Call&, int64_t n, bool add, uint32_t* to, Aside&) {
+        if constexpr (kPaired) return run<kSome>(w, x, n, add, reinterpret_cast<float*>(to));  // bfloat16 would not show it
         constexpr int64_t kHalf = kChunk / 2;
         alignas(64) float all[kSome * kColumns];
         run<kSome>(w, x, n < kHalf ? n : kHalf, false, all);
@@ -263,8 +284,10 @@ Refusal describe(Call& c, PackedW4& w, View y, View x, View weight, View group_s
         plan<Groups>(c, Groups::line(c), Groups::kChunk);
     else if (kTiles && x.dtype == DType::bf16)
         plan<Tiles>(c, Tiles::line(c), Tiles::kChunk, 2 * kBlockBytes);
+    else if (kPairs<bf16> && x.dtype == DType::bf16)
+        plan<Vectors<true>>(c, Vectors<true>::line(c), Vectors<true>::kChunk);
     else
-        plan<Vectors>(c, Vectors::line(c), Vectors::kChunk);
+        plan<Vectors<false>>(c, Vectors<false>::line(c), Vectors<false>::kChunk);
     c.panel_room = ((c.chunk + kStepOfTiles - 1) / kStepOfTiles * kStepOfTiles / 2 + (c.chunk + 63) / 64) * w.kRow;
     return nullptr;
 }
@@ -287,8 +310,9 @@ Refusal linear_w4a16(Stream stream, View y, View x, View weight, View group_scal
             if constexpr (kByGroups)
                 if (by_groups(c)) return linear<Groups, T>(stream, c, Nowhere{}, WeightByGroups{w}, activation);
             if constexpr (kTiles) return linear<Tiles, T>(stream, c, Nowhere{}, Weight{w}, activation);
+            if constexpr (kPairs<bf16>) return linear<Vectors<true>, T>(stream, c, Nowhere{}, Weight{w}, activation);
         }
-        return linear<Vectors, T>(stream, c, Nowhere{}, Weight{w}, activation);
+        return linear<Vectors<false>, T>(stream, c, Nowhere{}, Weight{w}, activation);
     });
 }
 

@@ -1,8 +1,8 @@
 // out[i] = whatever 4096 * rounds multiply-adds in registers come to: the peak of the instruction set in force
 //
-// Idea: eight chains are as many as two units of latency four keep busy. A bf16 is widened from the first cache, as kernels do,
-// or multiplied in pairs; an int8 product is what this rung has for it: four of u8 * i8 into i32, pairs into i16, or int32.
-// Matrix tiles have four accumulators, as a kernel does.
+// Idea: two units of latency four are kept busy by eight chains, those of AVX-512's products, of up to eight cycles, by
+// sixteen. A bf16 is widened from the first cache, as kernels do, or multiplied in pairs; an int8 product is what this rung has
+// for it: four of u8 * i8 into i32, pairs into i16, or int32. Matrix tiles have four accumulators, as a kernel does.
 // Takes: out float32 [items], an item a thread's; what = "f32", "bf16" or "int8". Not an op: the bench calls it.
 // Floor: itself. Compile: g++ -std=c++20 -O3 -march=native -DDK_RUNG=native -Icsrc -c csrc/cpu/roofline.cpp
 #include "amx.h"
@@ -12,17 +12,17 @@
 namespace dk {
 namespace {
 
-constexpr int kProducts = 4096, kChains = 8;
+constexpr int kProducts = 4096, kChains = kLanes == 16 ? 16 : 8;
 
 float f32(int64_t rounds) {
     F sum[kChains];
     for (int k = 0; k < kChains; ++k) sum[k] = splat(static_cast<float>(k + 2));  // equal ones would be merged
     const F a = splat(0.9999f), b = splat(1e-4f);
     for (int64_t i = 0; i < rounds * (kProducts / kChains / kLanes); ++i)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int k = 0; k < kChains; ++k) sum[k] = fma(sum[k], a, b);
     F total = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < kChains; ++k) total += sum[k];
     return total[0];
 }
@@ -49,10 +49,10 @@ float half(int64_t rounds) {
     for (int k = 0; k < kChains; ++k) sum[k] = _mm512_set1_ps(static_cast<float>(k + 2));
     const __m512bh a = bit_cast<__m512bh>(U{} + 0x3f7f3f7fu), b = bit_cast<__m512bh>(U{} + 0x38d238d2u);
     for (int64_t i = 0; i < rounds * (kProducts / kChains / (2 * kLanes)); ++i)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int k = 0; k < kChains; ++k) sum[k] = _mm512_dpbf16_ps(sum[k], a, b);
     F total = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < kChains; ++k) total += sum[k];
     return total[0];
 }
@@ -64,14 +64,14 @@ float half(int64_t rounds) {
     const F a = splat(1e-4f);
     for (int64_t i = 0; i < rounds * (kProducts / kChains / kLanes); ++i) {
         asm volatile("" : "+m"(line));  // changed, for all that is known: widened anew
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int k = 0; k < kChains; k += 2) {
             const Pair x = load_pair(line + k * kLanes);
             sum[k] = fma(x.lo, a, sum[k]), sum[k + 1] = fma(x.hi, a, sum[k + 1]);
         }
     }
     F total = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < kChains; ++k) total += sum[k];
     return total[0];
 }
@@ -107,7 +107,7 @@ float int8(int64_t rounds) {
 #endif
     for (int64_t i = 0; i < rounds * (kProducts / kChains / kEach); ++i) {
         asm volatile("" : "+m"(line));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int k = 0; k < kChains; ++k) {
             I a;
             std::memcpy(&a, line + k * kEach, sizeof a);
@@ -115,7 +115,7 @@ float int8(int64_t rounds) {
         }
     }
     I total = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < kChains; ++k) total += sum[k];
     return static_cast<float>(total[0]);
 }
