@@ -224,21 +224,6 @@ __attribute__((noinline)) float exponentials_of(float* s, int64_t width, float f
     return sum(sums[0]);
 }
 
-// kLanes rows of a square, in registers: stored to[row of the result, step].
-DK_INLINE void turn(F (&v)[kLanes]) {
-#pragma GCC unroll 4
-    for (int stage = 1; stage < kLanes; stage *= 2) {
-        F out[kLanes];
-#pragma GCC unroll 8
-        for (int i = 0; i < kLanes / 2; ++i) {
-            const Pair p = interleave({v[i], v[i + kLanes / 2]});
-            out[2 * i] = p.lo, out[2 * i + 1] = p.hi;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) v[i] = out[i];
-    }
-}
-
 template <class T>
 DK_INLINE F some(const T* p, int64_t step, int n) {  // n elements, the rest zero
     return step == 1 ? n >= kLanes ? load(p) : load(p, n) : gather(p, step, n < kLanes ? n : kLanes);

@@ -38,7 +38,7 @@ struct Call {
     bool narrow;                   // low and up are bfloat16, and go through matrix tiles
     int64_t line, low_line;        // numbers that a row takes where it is laid out, and that one of low takes
     int64_t line_bytes;            // of the first
-    int64_t block;                 // rows of x that are laid out at a time, whole tiles
+    int64_t apart, block;          // rows of x that are laid out at a time, and the room for them: whole tiles
     int64_t chunk;                 // inputs of a panel that meet all rows of a block before the next do
     int64_t group;                 // of 4-bit codes that share a scale
     int64_t panel_room;            // bytes of what is unpacked of a panel, or 0
@@ -46,7 +46,7 @@ struct Call {
     char* scratch;
 
     int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
-    int64_t blocks() const { return (rows + block - 1) / block; }
+    int64_t blocks() const { return (rows + apart - 1) / apart; }
     // A thread's room: x, a panel, low's rows and up's panel, sums that wait for the next chunk, what is known of a row.
     int64_t x_room() const { return block * line_bytes; }
     int64_t low_room() const { return block * low_line * (narrow ? 2 : 4); }
@@ -182,8 +182,8 @@ void run(const Call& c, const X& source, const W& weight, int64_t thread, int64_
     int64_t laid_out = -1;
     tiles_begin();
     for (int64_t cell = begin; cell < end; ++cell) {
-        const int64_t block = cell / c.panels(), panel = cell % c.panels(), from = block * c.block, first = panel * kPanel;
-        const int64_t rows = c.rows - from < c.block ? c.rows - from : c.block;
+        const int64_t block = cell / c.panels(), panel = cell % c.panels(), from = block * c.apart, first = panel * kPanel;
+        const int64_t rows = c.rows - from < c.apart ? c.rows - from : c.apart;
         const int64_t columns = c.columns - first < kPanel ? c.columns - first : kPanel;
         // The tile that waits may be of the panel before; but where sums wait for the next chunk, its place is wanted.
         float *const scales = scale[cell % 2], *const biases = bias[cell % 2];
@@ -286,6 +286,8 @@ Refusal describe_epilogue(Call& c, View y, View weight_scale, Optional bias, Opt
     return nullptr;
 }
 
+int64_t threads_of(const Call& c) { return c.rows * c.columns * (c.depth + 1) < kSerialProducts ? 1 : dk_parallel_threads(); }
+
 // How x is laid out for a product that takes `line` numbers a row and all of c.depth, or up to `chunk` of it, at a time: as
 // many rows as fill `bytes` with what a chunk meets.
 template <class P>
@@ -298,11 +300,13 @@ void plan(Call& c, int64_t line, int64_t chunk = INT64_MAX, int64_t bytes = kBlo
     const int64_t met = c.chunk < c.depth ? c.chunk * static_cast<int64_t>(sizeof(typename P::Element)) : c.line_bytes;
     const int64_t tiles = (c.rows + P::kRows - 1) / P::kRows, room = met ? bytes / (P::kRows * met) : tiles;
     const int64_t whole = c.line_bytes ? kMostBytes / (P::kRows * c.line_bytes) : tiles, most = room < whole ? room : whole;
-    const int64_t blocks = most < 1 ? tiles : (tiles + most - 1) / most;
-    c.block = (blocks ? (tiles + blocks - 1) / blocks : 1) * P::kRows;  // of one size, or a thread would wait for the other
+    // As many for each thread, and of one size, or a thread would wait for the other.
+    int64_t blocks = most < 1 ? tiles : (tiles + most - 1) / most;
+    if (blocks > 1) blocks = (blocks + threads_of(c) - 1) / threads_of(c) * threads_of(c);
+    blocks = blocks > tiles ? tiles : blocks;
+    const int64_t each = blocks ? (c.rows + blocks - 1) / blocks : 1;
+    c.apart = (each + P::kFew - 1) / P::kFew * P::kFew, c.block = (each + P::kRows - 1) / P::kRows * P::kRows;
 }
-
-int64_t threads_of(const Call& c) { return c.rows * c.columns * (c.depth + 1) < kSerialProducts ? 1 : dk_parallel_threads(); }
 
 int64_t scratch_of(const Call& c) { return c.rows * c.columns == 0 ? 0 : threads_of(c) * c.room(); }
 

@@ -100,13 +100,48 @@ struct Int8 {
         return __builtin_convertvector(bit_cast<I>(sum - static_cast<uint32_t>(row.offset)), F) * row.scale;
     }
 
+    DK_INLINE static void know(const Call& c, int64_t row, uint32_t sum, Known& of) {
+        of.offset = static_cast<int32_t>(128u * sum);
+        std::memcpy(&of.scale, static_cast<const float*>(c.x_scale.data) + c.scale_rows.offset<int64_t>(row), sizeof of.scale);
+    }
+
+#if defined(__AVX512VNNI__)
+    // A tile's words, by rows, to [word][row], 16 at a time.
+    static void turned(const int8_t* const (&x)[kRows], int64_t words, Code* to) {
+        for (int64_t k = 0; k < words; k += kLanes) {
+            const int n = static_cast<int>(words - k < kLanes ? words - k : kLanes);
+            F square[kLanes] = {};
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i)
+                if (i < kRows) square[i] = load(reinterpret_cast<const float*>(x[i % kRows] + k * kDepth), n);
+            turn(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i)
+                if (i < n) store(reinterpret_cast<float*>(to + (k + i) * kRows * kDepth), square[i], kRows);
+        }
+    }
+#endif
+
     // x's rows from `from` on, [tile][word][row][4], or for matrix tiles [row][line], where past a row's words lies anything;
     // zeros past the last row; and what is to be known of each.
     template <class X>
     static void lay_out(const Call& c, const X& source, int64_t from, int64_t rows, Code* to, int8_t* room, Known* known) {
         const int64_t tile = kRows * c.line, row_step = kTiles ? c.line : kDepth, step = source.apart(c),
                       whole = c.depth / kDepth;
-        for (int64_t r = 0; r < (rows + kRows - 1) / kRows * kRows; ++r) {
+        int64_t r = 0;
+#if defined(__AVX512VNNI__)
+        if constexpr (!kTiles && std::is_same_v<X, Matrix>)  // whole tiles of rows that lie there
+            for (; r + kRows <= rows && step == 1 && c.depth % kDepth == 0; r += kRows, to += tile) {
+                const int8_t* x[kRows];
+                for (int i = 0; i < kRows; ++i) {
+                    x[i] = source.row(c, from + r + i, room);
+                    know(c, from + r + i, sum_of(x[i], c.depth), known[r + i]);
+                }
+                turned(x, whole, to);
+            }
+#endif
+        to -= r / kRows * tile;
+        for (; r < (rows + kRows - 1) / kRows * kRows; ++r) {
             Code* const row = to + r / kRows * tile + r % kRows * row_step;
             const auto put = [&](int64_t k, const int8_t* codes, int64_t apart, int64_t n) __attribute__((always_inline)) {
                 int32_t sum = 0;
@@ -132,9 +167,7 @@ struct Int8 {
             if (whole * kDepth < c.depth)
                 sum += static_cast<uint32_t>(put(whole, x ? x + whole * kDepth * step : x, step, x ? c.depth % kDepth : 0));
             if (r >= rows) continue;
-            known[r].offset = static_cast<int32_t>(128u * sum);
-            std::memcpy(&known[r].scale, static_cast<const float*>(c.x_scale.data) + c.scale_rows.offset<int64_t>(from + r),
-                        sizeof(float));
+            know(c, from + r, sum, known[r]);
         }
     }
 

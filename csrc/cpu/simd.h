@@ -202,6 +202,21 @@ DK_INLINE Pair interleave(Pair v) {
 #endif
 }
 
+// kLanes rows of a square, in registers: stored to[row of the result, step].
+DK_INLINE void turn(F (&v)[kLanes]) {
+#pragma GCC unroll 4
+    for (int stage = 1; stage < kLanes; stage *= 2) {
+        F out[kLanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < kLanes / 2; ++i) {
+            const Pair p = interleave({v[i], v[i + kLanes / 2]});
+            out[2 * i] = p.lo, out[2 * i + 1] = p.hi;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) v[i] = out[i];
+    }
+}
+
 // Lane i takes lane i ^ kStep.
 template <int kStep, int... kI>
 DK_INLINE F swapped(F v, std::integer_sequence<int, kI...>) {
