@@ -339,8 +339,8 @@ MUTATIONS = [
     Mutation(
         "a row's scale taken from its block's first",
         "csrc/cpu/linear_int8.h",
-        "c.scale_rows.offset<int64_t>(from + r)",
-        "c.scale_rows.offset<int64_t>(from)",
+        "know(c, from + r, sum, known[r]);",
+        "know(c, from, sum, known[r]);",
         kernel("linear_w8a8"),
     ),
     Mutation(

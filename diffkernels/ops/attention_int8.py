@@ -33,7 +33,7 @@ def _wide(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype) * scale.to(dtype).unsqueeze(-1)
 
 
-def _eager(q, q_scale, k, k_scale, v, causal, scale, **_):  # type: ignore[no-untyped-def]
+def _eager(q, q_scale, k, k_scale, v, causal, scale):  # type: ignore[no-untyped-def]
     q, k = _wide(q, q_scale, v.dtype), _wide(k, k_scale, v.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal == "top-left", scale=scale).transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -42,12 +43,14 @@ def _centred(make: Callable[..., dict[str, Any]], samples: bool) -> Callable[...
 
 
 def _eager(prepare: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """Codes of what `prepare` leaves, as users make them."""
+    """Codes of what `prepare` leaves, as users make them; its arguments, and the center."""
 
     def eager(center, **given):  # type: ignore[no-untyped-def]
         q, k = prepare(**given)
-        return [*_quantize.eager(q), *_quantize.eager(k - center.to(k.dtype))]
+        return [*_quantize.eager(q), *_quantize.eager(k - center.to(k.dtype).unsqueeze(1))]
 
+    names = [*inspect.signature(prepare).parameters, "center"]
+    eager.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])  # type: ignore[attr-defined]
     return eager
 
 
